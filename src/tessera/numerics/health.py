@@ -1,0 +1,83 @@
+"""What FP8 did to each tensor: measured where it is quantised, at the steps that ask for it.
+
+A `Recorder` is shared by all roles of one model and passed in when the model is built. It always counts non-finite
+elements (the quantiser meets them anyway), so that the trainer can stop before the optimizer and name the first
+tensor. While `measuring` it also compares each quantised tensor with its source.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tessera.numerics.tiled_tensor import TiledTensor
+
+
+@dataclass
+class Recorder:
+    """`nonfinite`: tensor name -> int64 [], in the order met; `tensors`: name -> statistics. Reset by `clear`."""
+
+    measuring: bool = False
+    nonfinite: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.nonfinite.clear()
+        self.tensors.clear()
+
+    def observe(self, name: str, source: Tensor, quantised: TiledTensor, *, requantised: bool = False) -> None:
+        """Count non-finite elements of `quantised`, and measure it against `source` [R, C] when asked to.
+
+        `requantised`: the source is itself decoded codes; elements whose value changed were rounded twice.
+        """
+        seen = self.nonfinite.get(name)
+        self.nonfinite[name] = quantised.nonfinite if seen is None else seen + quantised.nonfinite
+        if self.measuring and source.numel():
+            self.tensors[name] = measure(source, quantised, requantised=requantised)
+
+    def first_nonfinite(self) -> tuple[str, int] | None:
+        """(tensor name, count) of the first tensor that met a NaN or an infinity since `clear`, or None."""
+        if not self.nonfinite:
+            return None
+        names = list(self.nonfinite)
+        counts = torch.stack([self.nonfinite[name] for name in names]).tolist()
+        return next(((n, c) for n, c in zip(names, counts, strict=True) if c), None)
+
+
+def measure(source: Tensor, quantised: TiledTensor, *, requantised: bool) -> dict[str, float | int | None]:
+    """Statistics of one quantised matrix; fractions are of its elements.
+
+    relative_rms: |q - x| / |x| (Frobenius). saturated: coded at the largest finite value. flushed: non-zero, coded
+    zero. rounded_twice: decoded value changed by a second quantisation (None where there was no first).
+    """
+    x, q = source.float(), quantised.decode()
+    finite = torch.isfinite(x) & torch.isfinite(q)
+    x, q = torch.where(finite, x, 0.0), torch.where(finite, q, 0.0)
+    elements = x.numel()
+    norm = x.norm()
+    largest = _codes_at_largest(quantised)
+    return {
+        "relative_rms": float((q - x).norm() / norm) if norm > 0 else 0.0,
+        "saturated": largest / elements,
+        "flushed": int(((q == 0) & (x != 0)).sum()) / elements,
+        "rounded_twice": int((q != x).sum()) / elements if requantised else None,
+        "nonfinite": int(quantised.nonfinite),
+        "scale_min": float(quantised.scales.min()),
+        "scale_max": float(quantised.scales.max()),
+        "elements": elements,
+    }
+
+
+def _codes_at_largest(quantised: TiledTensor) -> int:
+    ones = TiledTensor(
+        quantised.codes,
+        torch.ones_like(quantised.scales),
+        quantised.nonfinite,
+        quantised.tile,
+        quantised.format,
+        quantised.shape,
+        quantised.row_segment,
+        quantised.column_segment,
+        quantised.offsets,
+    )
+    return int((ones.decode().abs() == quantised.format.largest).sum())

@@ -1,0 +1,195 @@
+"""The kernels as torch operators, `torch.ops.tessera.*`: torch.compile, FSDP and profilers see them.
+
+The device of the arguments picks the kernel; `backend` names one explicitly (tests hold backends against each
+other that way). Fake kernels give shapes and dtypes without computing. Gradients are not defined here: the
+autograd Functions of numerics/linear.py and ops/ decide what is saved and in which precision a gradient is made.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tessera.numerics.formats import FORMATS
+from tessera.numerics.tiles import Tile, scale_shape
+
+BACKENDS = ("torch", "reference")
+LIBRARY = torch.library.Library("tessera", "DEF")
+
+LIBRARY.define(
+    "quantise(Tensor x, int tile_rows, int tile_columns, int row_segment, int column_segment, Tensor? offsets, "
+    "str format, str scale_mode, str rounding, str backend) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "dequantise(Tensor codes, Tensor scales, int tile_rows, int tile_columns, int row_segment, int column_segment, "
+    "Tensor? offsets, str format, int columns, str backend) -> Tensor"
+)
+LIBRARY.define(
+    "matmul(str kind, Tensor a_codes, Tensor a_scales, int a_tile_rows, int a_tile_columns, str a_format, "
+    "Tensor b_codes, Tensor b_scales, int b_tile_rows, int b_tile_columns, str b_format, int segment, "
+    "Tensor? offsets, str accumulation, int interval, ScalarType out_dtype, str backend) -> Tensor"
+)
+
+
+def kernels(backend: str) -> ModuleType:
+    """The kernel module `backend`; "" is the default of the device (today `torch` on every device)."""
+    if backend not in ("", *BACKENDS):
+        raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(BACKENDS)}")
+    return importlib.import_module(f"tessera.numerics.kernels.{backend or 'torch'}")
+
+
+def quantise(
+    x: Tensor,
+    tile_rows: int,
+    tile_columns: int,
+    row_segment: int,
+    column_segment: int,
+    offsets: Tensor | None,
+    format: str,
+    scale_mode: str,
+    rounding: str,
+    backend: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See kernels/__init__.py."""
+    return torch.ops.tessera.quantise(
+        x, tile_rows, tile_columns, row_segment, column_segment, offsets, format, scale_mode, rounding, backend
+    )
+
+
+def dequantise(
+    codes: Tensor,
+    scales: Tensor,
+    tile_rows: int,
+    tile_columns: int,
+    row_segment: int,
+    column_segment: int,
+    offsets: Tensor | None,
+    format: str,
+    columns: int,
+    backend: str = "",
+) -> Tensor:
+    """See kernels/__init__.py."""
+    return torch.ops.tessera.dequantise(
+        codes, scales, tile_rows, tile_columns, row_segment, column_segment, offsets, format, columns, backend
+    )
+
+
+def matmul(
+    kind: str,
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_tile: Tile,
+    a_format: str,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_tile: Tile,
+    b_format: str,
+    segment: int,
+    offsets: Tensor | None,
+    accumulation: str,
+    interval: int,
+    out_dtype: torch.dtype,
+    backend: str = "",
+) -> Tensor:
+    """See kernels/__init__.py."""
+    return torch.ops.tessera.matmul(
+        kind,
+        a_codes,
+        a_scales,
+        a_tile.rows,
+        a_tile.columns,
+        a_format,
+        b_codes,
+        b_scales,
+        b_tile.rows,
+        b_tile.columns,
+        b_format,
+        segment,
+        offsets,
+        accumulation,
+        interval,
+        out_dtype,
+        backend,
+    )
+
+
+def _quantise(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = arguments
+    return kernels(str(backend)).quantise(x, *rest)
+
+
+def _dequantise(codes: Tensor, *arguments: object) -> Tensor:
+    *rest, backend = arguments
+    return kernels(str(backend)).dequantise(codes, *rest)
+
+
+def _matmul(kind: str, *arguments: object) -> Tensor:
+    *rest, backend = arguments
+    return kernels(str(backend)).matmul(kind, *rest)
+
+
+def _fake_quantise(
+    x: Tensor,
+    tile_rows: int,
+    tile_columns: int,
+    row_segment: int,
+    column_segment: int,
+    offsets: Tensor | None,
+    format: str,
+    scale_mode: str,
+    rounding: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    groups = 0 if offsets is None else offsets.numel() - 1
+    shape = scale_shape(rows, columns, Tile(tile_rows, tile_columns), row_segment, column_segment, groups)
+    return (
+        x.new_empty(rows, FORMATS[format].code_bytes(columns), dtype=torch.uint8),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((), dtype=torch.int64),
+    )
+
+
+def _fake_dequantise(codes: Tensor, scales: Tensor, *arguments: object) -> Tensor:
+    columns = arguments[-2]
+    assert isinstance(columns, int)  # by the schema
+    return codes.new_empty(codes.shape[0], columns, dtype=torch.float32)
+
+
+def _fake_matmul(
+    kind: str,
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_tile_rows: int,
+    a_tile_columns: int,
+    a_format: str,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_tile_rows: int,
+    b_tile_columns: int,
+    b_format: str,
+    segment: int,
+    offsets: Tensor | None,
+    accumulation: str,
+    interval: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    groups = 1 if offsets is None else offsets.numel() - 1
+    shape = {
+        "fprop": (a_codes.shape[0], b_codes.shape[0] // groups),
+        "dgrad": (a_codes.shape[0], b_codes.shape[1]),
+        "wgrad": (groups * a_codes.shape[1], b_codes.shape[1]),
+    }[kind]
+    return a_codes.new_empty(shape, dtype=out_dtype)
+
+
+for _name, _implementation, _fake in (
+    ("quantise", _quantise, _fake_quantise),
+    ("dequantise", _dequantise, _fake_dequantise),
+    ("matmul", _matmul, _fake_matmul),
+):
+    LIBRARY.impl(_name, _implementation, "CPU")
+    LIBRARY.impl(_name, _implementation, "CUDA")
+    torch.library.register_fake(f"tessera::{_name}", _fake, lib=LIBRARY)

@@ -1,0 +1,136 @@
+"""The routed experts: y[t] = sum_j W_down[e] (silu(gate) * up * w[t, j]), e = experts[t, j], grouped GEMMs.
+
+The tokens are quantised once, before the gather; codes and scales travel (DeepSeek-V3 report, section 3.3.3, FP8
+dispatch). In backward the output's gradient is quantised once a token before it travels to the experts for dgrad;
+for wgrad it is quantised 128 x 1 inside each expert's group, from the high-precision values.
+
+Kept for backward: the tokens' codes (shared with the shared expert; gathered again, not stored in slot order), the
+SwiGLU input in E4M3, the routing. No Python loop over experts here: the grouped GEMM is one operator.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.numerics import gemm
+from tessera.numerics.gemm import Operand
+from tessera.numerics.role import Weight
+from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.ops.dispatch import Dispatcher, Slots
+from tessera.ops.saved import load, save
+from tessera.ops.swiglu import activate, activate_backward, down_operands
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The stacked weights: gate_up [E, 2 I, H] (tiles restart at I), down [E, H, I]."""
+
+    gate_up: Weight
+    down: Weight
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate_up.parameter.shape[0]
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.parameter.shape[2]
+
+
+class _ExpertMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing_weights: Tensor,
+        operand: Operand,
+        slots: Slots,
+        experts: Experts,
+        dispatcher: Dispatcher,
+        gate_up_parameter: Tensor,
+        down_parameter: Tensor,
+    ) -> Tensor:
+        up, down = experts.gate_up.role, experts.down.role
+        dtype = up.precision.activation_dtype
+        rows = dispatcher.dispatch(operand, slots)
+        gate_up = gemm.fprop(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, slots.offsets)
+        weights = routing_weights.flatten()[slots.choice]
+        product = down.input(activate(gate_up, weights))
+        y = gemm.fprop(product, experts.down.operand(), down.precision.accumulation, dtype, slots.offsets)
+        ctx.experts, ctx.dispatcher, ctx.dtype = experts, dispatcher, x.dtype
+        ctx.routing_shape = routing_weights.shape
+        save(
+            ctx,
+            operand,
+            up.gate_up_cache(gate_up, experts.intermediate),
+            weights,
+            slots.token,
+            slots.choice,
+            slots.position,
+            slots.offsets,
+        )
+        return dispatcher.combine(y, slots, x.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        operand, cache, weights, *indices = load(ctx)
+        slots, experts, dispatcher = Slots(*indices), ctx.experts, ctx.dispatcher
+        up, down = experts.gate_up.role, experts.down.role
+        dtype, offsets = up.precision.activation_dtype, slots.offsets
+        dy = dy.contiguous()
+
+        product_columns, gate_up = down_operands(cache, weights, down, offsets)
+        values = dispatcher.dispatch(dy, slots)
+        dy_rows = down.gradient_rows(dy)
+        if isinstance(dy_rows, TiledTensor) and dy_rows.tile.rows > 1:  # ablation tiles span tokens
+            dy_rows = down.gradient_rows(values)
+        else:
+            dy_rows = dispatcher.dispatch(dy_rows, slots)
+        d = gemm.dgrad(dy_rows, experts.down.operand(), down.precision.accumulation, dtype, offsets)
+        ddown = gemm.wgrad(
+            down.gradient_columns(values, offsets=offsets), product_columns, down.precision.accumulation, offsets
+        )
+
+        dgate_up, dweights = activate_backward(d, gate_up, weights)
+        dgate_up = dgate_up.to(dtype)
+        rows, columns = up.gradient(dgate_up, column_segment=experts.intermediate, offsets=offsets)
+        dx = gemm.dgrad(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, offsets)
+        x_columns = up.input_columns(dispatcher.dispatch(operand, slots), offsets)
+        dgate_up_weight = gemm.wgrad(columns, x_columns, up.precision.accumulation, offsets)
+
+        dx = dispatcher.combine(dx, slots, dy.shape[0])
+        assert dweights is not None  # the routed experts always have weights
+        return (
+            dx.to(ctx.dtype),
+            dweights[slots.position].view(ctx.routing_shape),
+            None,
+            None,
+            None,
+            None,
+            dgate_up_weight.view_as(experts.gate_up.parameter),
+            ddown.view_as(experts.down.parameter),
+        )
+
+
+def expert_mlp(
+    x: Tensor,
+    operand: Operand,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    experts: Experts,
+    dispatcher: Dispatcher,
+) -> Tensor:
+    """x [T, H] with its fprop operand, expert_ids int64 [T, k], routing_weights float32 [T, k] -> [T, H]."""
+    slots = dispatcher.plan(expert_ids, experts.num_experts)
+    return _ExpertMlp.apply(
+        x,
+        routing_weights,
+        operand,
+        slots,
+        experts,
+        dispatcher,
+        experts.gate_up.parameter,
+        experts.down.parameter,
+    )

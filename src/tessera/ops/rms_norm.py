@@ -1,0 +1,46 @@
+"""RMSNorm: y = gamma * x / sqrt(mean(x^2) + eps), FP32 inside, activations' dtype in and out.
+
+As plain functions for the ops that fuse it with what follows, and as an autograd Function that saves x (the
+residual stream, which lives anyway) and one float per token; the normalised value is made again in backward.
+Zhang and Sennrich, 2019.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def normalise(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x [T, H], gamma [H] float32 -> (y [T, H] in x's dtype, 1 / rms [T, 1] float32)."""
+    wide = x.float()
+    inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+    return (wide * inverse_rms * gamma).to(x.dtype), inverse_rms
+
+
+def normalise_backward(dy: Tensor, x: Tensor, gamma: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """dy [T, H] float32 -> (dx [T, H] in x's dtype, dgamma [H] float32)."""
+    unit = x.float() * inverse_rms
+    dgamma = (dy * unit).sum(dim=0)
+    dunit = dy * gamma
+    dx = (dunit - unit * (dunit * unit).mean(dim=-1, keepdim=True)) * inverse_rms
+    return dx.to(x.dtype), dgamma
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+        y, inverse_rms = normalise(x, gamma, epsilon)
+        ctx.save_for_backward(x, gamma, inverse_rms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, gamma, inverse_rms = ctx.saved_tensors
+        return *normalise_backward(dy.float(), x, gamma, inverse_rms), None
+
+
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    """x [..., H] -> the same shape and dtype; gamma [H] float32."""
+    y: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), gamma, epsilon)
+    return y.view(x.shape)

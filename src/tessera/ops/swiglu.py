@@ -1,0 +1,72 @@
+"""SwiGLU and its down projection: y = (silu(gate) * up * w) W_down^T, w an optional weight a row.
+
+The product is never stored. Backward keeps the SwiGLU input (gate | up, [S, 2 I]) in E4M3 with gate and up tiled
+apart, decodes it, makes the product again and quantises it 128 x 1 for wgrad directly (DeepSeek-V3 report, section
+3.3.3; docs/numerics.md, "cached for backward"). The routing weight w multiplies in FP32 before the quantisation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.numerics import gemm
+from tessera.numerics.gemm import Operand
+from tessera.numerics.role import Role, Weight
+from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.ops.saved import load, save
+
+
+def activate(gate_up: Tensor, weight: Tensor | None) -> Tensor:
+    """gate_up [S, 2 I], weight [S] float32 or None -> silu(gate) * up * weight, float32 [S, I]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    product = torch.nn.functional.silu(gate) * up
+    return product if weight is None else product * weight[:, None]
+
+
+def activate_backward(d: Tensor, gate_up: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """d [S, I], gate_up [S, 2 I] float32 -> (d gate_up [S, 2 I] float32, d weight [S] float32 or None)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    d = d.float()
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dweight = None
+    if weight is not None:
+        dweight = (d * silu * up).sum(dim=-1)
+        d = d * weight[:, None]
+    dgate = d * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat([dgate, d * silu], dim=-1), dweight
+
+
+def down_operands(gate_up: Operand, weight: Tensor | None, role: Role, offsets: Tensor | None) -> tuple[Operand, Tensor]:
+    """Cached SwiGLU input -> (wgrad operand of the down projection, decoded gate_up float32 [S, 2 I])."""
+    values = gate_up.decode() if isinstance(gate_up, TiledTensor) else gate_up.float()
+    return role.input_columns(activate(values, weight), offsets), values
+
+
+class _SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, parameter: Tensor) -> Tensor:
+        p = down.role.precision
+        operand = down.role.input(activate(gate_up, None))
+        ctx.down, ctx.dtype = down, gate_up.dtype
+        save(ctx, gate_up_role.gate_up_cache(gate_up, gate_up.shape[1] // 2))
+        return gemm.fprop(operand, down.operand(), p.accumulation, p.activation_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, Tensor]:  # type: ignore[override]
+        (cache,) = load(ctx)
+        down: Weight = ctx.down
+        p = down.role.precision
+        dy = dy.contiguous()
+        columns, gate_up = down_operands(cache, None, down.role, None)
+        rows, dy_columns = down.role.gradient(dy)
+        d = gemm.dgrad(rows, down.operand(), p.accumulation, p.activation_dtype)
+        dw = gemm.wgrad(dy_columns, columns, p.accumulation)
+        dgate_up, _ = activate_backward(d, gate_up, None)
+        return dgate_up.to(ctx.dtype), None, None, dw.view_as(down.parameter)
+
+
+def swiglu_linear(gate_up: Tensor, gate_up_role: Role, down: Weight) -> Tensor:
+    """gate_up [T, 2 I] -> [T, H] in the role's activation dtype."""
+    return _SwigluLinear.apply(gate_up, gate_up_role, down, down.parameter)
