@@ -30,10 +30,13 @@ class DataSection(Section):
     )
     tokenizer: str | None = Field(
         None,
+        min_length=1,
         description="Path of a tokenizer.json; left out: trained on the corpus with model.vocab_size tokens.",
     )
     cache: str | None = Field(
-        None, description="Folder for the trained tokenizer and the token shards; left out: data/ of the run."
+        None,
+        min_length=1,
+        description="Folder for the trained tokenizer and the token shards; left out: data/ of the run.",
     )
     sequence_length: int = Field(
         ge=1, description="Tokens a sequence predicts (4096 in the report's main stage)."

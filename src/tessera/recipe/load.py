@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe file{_neighbour(path)}") from None
     except OSError as error:
@@ -68,6 +68,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise UserError(f"--set {override}: {part} is a value, not a section; set it as a whole")
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # how Python hands on such a command line
+        raise UserError(f"--set {override!a}: is not UTF-8, and TOML, in which it is kept, is nothing else")
     table[parts[-1]] = _value(text.strip(), override)
 
 

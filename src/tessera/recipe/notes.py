@@ -42,9 +42,8 @@ def tile_notes(model: ModelSection) -> Iterator[str]:
     if ragged:
         edges = ", ".join(f"{name} = {size}" for name, size in ragged.items())
         yield (
-            f"model: weights with ragged {TILE}x{TILE} tiles, since {edges}: exact in tessera, vLLM and SGLang, but "
-            "transformers' FP8 loader splits such weights into equal blocks and misreads or refuses them; export "
-            "them in BF16 for it"
+            f"model: FP8 weights with edges that are no multiple of {TILE} ({edges}) are exact in tessera, vLLM and "
+            "SGLang, but transformers' FP8 loader misreads or refuses them: for it, export them in BF16"
         )
 
 

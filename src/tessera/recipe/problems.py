@@ -20,34 +20,41 @@ _LONGEST_VALUE = 60
 
 def explain(error: ValidationError, root: type[BaseModel], raw: Mapping[str, Any]) -> list[str]:
     """One line for every problem of the table `raw`, which was validated against `root`."""
-    lines: dict[tuple[str | int, ...], str] = {}
+    lines: list[tuple[tuple[str | int, ...], str]] = []
     for finding in error.errors():
-        path = _path(finding["loc"], raw)
+        path, value = _path(finding["loc"], root, raw), finding["input"]
         cause = finding.get("ctx", {}).get("error")
         if isinstance(cause, Inconsistent):
             for key, text in cause.problems:
-                lines[(*path, *key.split("."))] = f"{dotted([*path, *key.split('.')])}: {text}"
+                inner = (*path, *key.split("."))
+                lines.append((inner, f"{dotted(inner)}: {text}"))
         elif finding["type"] == "missing":
-            lines[path] = f"{dotted(path)} is missing: {_allowed(root, path)}"
+            lines.append((path, f"{dotted(path)} is missing: {_allowed(root, path)}"))
         elif finding["type"] == "extra_forbidden":
-            lines[path] = _unknown(root, path, finding["input"])
+            lines.append((path, _unknown(root, path, value)))
+        elif finding["type"] == "value_error":
+            lines.append((path, f"{dotted(path)} = {_shown(value)}: {cause}"))
         else:
-            lines[path] = (
-                f"{dotted(path)} = {_shown(finding['input'])}: must be {_allowed(root, path)}"
-                + _close(root, path, finding["input"])
-            )
-    # A union reports each of its branches: the finding that looks deepest into the value is the one to read.
-    deepest = [
-        path for path in lines if not any(other != path and other[: len(path)] == path for other in lines)
-    ]
-    return [lines[path] for path in deepest]
+            rule = f"must be {_allowed(root, path)}" + _close(root, path, value)
+            lines.append((path, f"{dotted(path)} = {_shown(value)}: {rule}"))
+    # A union reports each of its branches: the finding that looks deepest into the value is the one to read, and
+    # where they look equally deep they say the same.
+    paths = {path for path, _ in lines}
+    deepest = [line for path, line in lines if not any(_inside(other, path) for other in paths)]
+    return list(dict.fromkeys(deepest))
 
 
-def _path(location: Sequence[str | int], raw: Any) -> tuple[str | int, ...]:
+def _inside(path: Sequence[str | int], outer: Sequence[str | int]) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
+
+
+def _path(location: Sequence[str | int], root: type[BaseModel], raw: Any) -> tuple[str | int, ...]:
     """pydantic's location without the names of union branches, which are no keys of the file."""
     path: list[str | int] = []
     for part in location:
         if isinstance(raw, Mapping):
+            if part not in raw and find(root, [*path, part]) is None:
+                continue
             path.append(part)
             raw = raw.get(part)
         elif isinstance(part, int) and isinstance(raw, Sequence):
@@ -71,7 +78,9 @@ def _unknown(root: type[BaseModel], path: Sequence[str | int], value: Any) -> st
         f"[{dotted(path)}]: unknown section" if section else f"{dotted(path)} = {_shown(value)}: unknown key"
     )
     if suggestion := nearest(root, path):
-        return f"{said}; did you mean {suggestion}?"
+        meant = find(root, suggestion.split("."))
+        is_section = section and meant is not None and subtable(meant)
+        return f"{said}; did you mean {f'[{suggestion}]' if is_section else suggestion}?"
     field = find(root, path[:-1]) if len(path) > 1 else None
     table = subtable(field) if field else root
     return f"{said}; allowed here: {', '.join(keys(table or root))}"

@@ -5,9 +5,11 @@ starts) is said on the command line. `to_toml` writes every field out, so that t
 the same recipe when a default changes.
 """
 
+import re
 from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tessera.recipe import notes, toml_writer
 from tessera.recipe.data import DataSection
@@ -18,7 +20,14 @@ from tessera.recipe.schedule import Schedule
 from tessera.recipe.section import Section
 from tessera.recipe.training import TrainingSection
 
+_NAME = re.compile(r"\w[\w .-]*")
 SCHEMA = 1  # raised when an older tessera would read a newer recipe wrongly
+
+
+def _folder_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("must be letters, digits, . _ - and blanks, and begin with a letter, a digit or _")
+    return name
 
 
 class Recipe(Section):
@@ -27,8 +36,7 @@ class Recipe(Section):
     schema_version: int = Field(
         SCHEMA, alias="schema", ge=1, le=SCHEMA, description="Version of this vocabulary."
     )
-    name: str = Field(
-        pattern=r"^\w[\w .-]*$",
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(
         description="Name of the run and of its folder: letters, digits, . _ - and blanks; default: the file's name.",
     )
     model: ModelSection = Field(description="The architecture.")

@@ -55,9 +55,8 @@ def describe(field: FieldInfo) -> str:
     """What a field may hold, such as `integer >= 1` or `"fp8", "bf16" or "fp32"`."""
     alternatives = [kind for kind in _alternatives(field.annotation) if kind is not types.NoneType]
     text = " or ".join(_describe_type(kind) for kind in alternatives)
-    for rule in field.metadata:
-        text += _describe_rule(rule)
-    return text
+    bounds = [bound for rule in field.metadata if (bound := _describe_bound(rule))]
+    return text + " and".join(bounds) + "".join(_describe_rule(rule) for rule in field.metadata)
 
 
 def nearest(root: type[BaseModel], path: Path) -> str | None:
@@ -118,7 +117,7 @@ def _describe_type(kind: Any) -> str:
     return _NAMES.get(kind, "table")
 
 
-def _describe_rule(rule: Any) -> str:
+def _describe_bound(rule: Any) -> str:
     match rule:
         case annotated_types.Ge(ge=bound):
             return f" >= {bound}"
@@ -128,6 +127,11 @@ def _describe_rule(rule: Any) -> str:
             return f" <= {bound}"
         case annotated_types.Lt(lt=bound):
             return f" < {bound}"
+    return ""
+
+
+def _describe_rule(rule: Any) -> str:
+    match rule:
         case annotated_types.MultipleOf(multiple_of=factor):
             return f", a multiple of {factor}"
         case annotated_types.MinLen(min_length=length) if length == 1:

@@ -1,0 +1,115 @@
+"""What a person sees while a run works: a bar a job on a terminal, a line now and then elsewhere.
+
+Everything goes to standard error. The board knows events (tessera.training.trainer), nothing of training itself.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from tessera.cli.options import say
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+FIRST_ESTIMATE = 15.0  # seconds of training before a run's length is estimated
+
+
+class Board:
+    """Shows the jobs of one command; `quiet` shows nothing. `handle` takes any event of a job."""
+
+    def __init__(self, *, quiet: bool = False, limit_minutes: float | None = None, sharing: int = 1) -> None:
+        """`sharing`: jobs that are done one after the other on each worker, for the estimate of the whole."""
+        self.quiet, self.limit, self.sharing = quiet, limit_minutes, sharing
+        self._steps: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = self._started = time.monotonic()
+        self._warned = False
+        self._bars = None
+        if not quiet and sys.stderr.isatty():
+            self._bars = Progress(
+                TextColumn("{task.description:>12}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
+            )
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Progress of preparing the data."""
+        self._show(name, done, total, f"{done:,}/{total:,}")
+
+    def data(self, facts: dict[str, Any]) -> None:
+        """What the text amounts to, from a dataset's facts."""
+        self.say(f"data: {facts['documents']:,} documents, {facts['bytes']:,} bytes, {facts['tokens']:,} tokens")
+        for warning in facts["warnings"]:
+            self.say(f"warning: {warning}")
+
+    def handle(self, job: str, event: dict[str, Any]) -> None:
+        """Take an event of a training run, or {"kind": "progress", "done", "total"} of another job."""
+        match event["kind"]:
+            case "start":
+                self._steps[job] = event["steps"]
+                self._began[job] = (time.monotonic(), event["step"])
+                for note in event["notes"] if len(self._began) == 1 else ():
+                    self.say(f"note: {note}")
+            case "step":
+                self._step(job, event)
+            case "validation":
+                self.say(f"{job}: validation at step {event['step']}: {event['bits_per_byte']:.3f} bits per byte")
+            case "progress":
+                self._show(job, event["done"], event["total"], f"{event['done']}/{event['total']} batches")
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        if self.quiet:
+            return
+        if self._bars:
+            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            say(text)
+
+    def _step(self, job: str, event: dict[str, Any]) -> None:
+        self._latest[job] = event
+        done, total = event["step"] + 1, self._steps[job]
+        since, first = self._began[job]
+        elapsed = time.monotonic() - since
+        left = elapsed / max(done - first, 1) * (total - done)
+        figures = f"step {done}/{total}  loss {event['lm_loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {_clock(left)} left"
+        self._show(job, done, total, figures)
+        if self.limit and not self._warned and elapsed > FIRST_ESTIMATE:
+            minutes = (time.monotonic() - self._started + left * self.sharing) / 60
+            if minutes > self.limit:
+                self._warned = True
+                self.say(
+                    f"estimated {minutes:.0f} minutes, more than training.time_limit_minutes = {self.limit:g}; "
+                    "all steps are made all the same (Ctrl-C keeps a checkpoint)"
+                )
+
+    def _show(self, name: str, done: int, total: int, figures: str) -> None:
+        if self.quiet:
+            return
+        if self._bars:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total, figures="")
+            self._bars.update(self._tasks[name], completed=done, total=total, figures=figures)
+        elif done == total or time.monotonic() - self._last_line > LINE_EVERY:
+            self._last_line = time.monotonic()
+            others = [f"{job} {e['lm_loss']:.3f}" for job, e in self._latest.items() if job != name]
+            say(f"{name}: {figures}" + (f"  (loss of {', '.join(others)})" if others else ""))
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

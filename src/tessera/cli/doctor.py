@@ -1,0 +1,95 @@
+"""tessera doctor: what this machine offers, and whether the numbers come out right on it."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+from tessera.cli.options import Json, print_json
+
+EXAMPLE = "Example: [bold]tessera doctor[/bold]"
+EXTRAS = {"pyarrow": "parquet", "tensorboard": "tensorboard"}
+
+
+def command(json: Json = False) -> None:
+    """Check the installation: versions, devices, kernels, extras, and the FP8 arithmetic on this machine.
+
+    Exit code 1 where something that tessera needs is wrong.
+    """
+    facts = examine()
+    if json:
+        print_json(facts)
+    else:
+        _print(facts)
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that doctor knows, as one JSON-able dict; `problems` lists what is wrong."""
+    import torch
+
+    problems = []
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        problems.append(f"Python {platform.python_version()}: tessera is tested on 3.11 and 3.12")
+    if not (equal := kernels_agree()):
+        problems.append("the vectorised FP8 kernel and the reference kernel give different codes on this machine")
+    return {
+        "tessera": version("tessera"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "kernels": "torch (vectorised PyTorch, any device)",
+        "kernels_equal_reference": equal,
+        "extras": {extra: _version(package) for package, extra in EXTRAS.items()},
+        "problems": problems,
+    }
+
+
+def kernels_agree() -> bool:
+    """Codes and scales of both kernels are equal on a matrix with outliers, zeros and ragged tiles."""
+    import torch
+
+    from tessera.numerics import operators
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 300, generator=generator) * torch.logspace(-6, 5, 300)
+    x[1] = 0
+    for tile in ((1, 128), (128, 1), (128, 128)):
+        for mode in ("power_of_two", "float32"):
+            one, two = (
+                operators.quantise(x, *tile, 0, 0, None, "e4m3", mode, "nearest", backend)
+                for backend in ("torch", "reference")
+            )
+            if not all(torch.equal(a, b) for a, b in zip(one, two, strict=True)):
+                return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print(facts: dict[str, Any]) -> None:
+    print(f"tessera {facts['tessera']}, Python {facts['python']}, torch {facts['torch']}")
+    print(f"machine   {facts['platform']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['cpu_capability']}")
+    print(f"devices   cpu{', cuda: ' + facts['cuda'] if facts['cuda'] else ' (no CUDA device)'}")
+    print(f"kernels   {facts['kernels']}; codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}")
+    for extra, found in facts["extras"].items():
+        missing = f"not installed; pip install 'tessera[{extra}]'"
+        print(f"extra     {extra}: {found or missing}")
+    for problem in facts["problems"]:
+        print(f"problem   {problem}")
+    if not facts["problems"]:
+        print("all is well")

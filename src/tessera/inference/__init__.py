@@ -1,0 +1,1 @@
+"""Using a trained model. Today: plain sampling without a cache."""

@@ -1,0 +1,78 @@
+"""A checkpoint: everything that the next step depends on, in a folder that is complete or absent.
+
+    checkpoints/step-N/
+      model.safetensors       FP32 masters and routing biases
+      optimizer.safetensors   both moments
+      state.json              step, data position, tokens, length of the event file
+      recipe.toml             the resolved recipe
+      tokenizer.json          the tokenizer, so that the folder can be used alone
+      manifest.json           bytes and SHA-256 of the others; written last
+
+Nothing is unpickled: safetensors and JSON only. What is not here is derived: schedules from the step, FP8 weight
+codes from the masters, the order of the data from its position.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tessera.model.weights import read_tensors, weights, write_tensors
+from tessera.recipe import UserError
+from tessera.store import RunFolder, publish_folder, verify_manifest, write_atomic
+from tessera.training.optimizer import AdamW
+
+SCHEMA = 1
+
+
+def save(run: RunFolder, step: int, model: nn.Module, optimizer: AdamW, tokenizer: str, facts: Mapping[str, Any]) -> Path:
+    """Write checkpoints/step-N of the run; returns its path.
+
+    `tokenizer` is the text of tokenizer.json, `facts` are the trainer's numbers. Raises UserError where the disk
+    refuses; earlier checkpoints are untouched then.
+    """
+    target = run.checkpoint_path(step)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be made: {error.strerror}") from None
+    write_tensors(partial / "model.safetensors", weights(model))
+    write_tensors(partial / "optimizer.safetensors", optimizer.tensors())
+    state = {"schema": SCHEMA, "step": step, "optimizer_steps": optimizer.steps, **facts}
+    write_atomic(partial / "state.json", json.dumps(state, indent=1) + "\n")
+    write_atomic(partial / "recipe.toml", run.recipe().to_toml())
+    write_atomic(partial / "tokenizer.json", tokenizer)
+    shutil.rmtree(target, ignore_errors=True)  # a run resumed from an earlier checkpoint writes its later ones again
+    publish_folder(partial, target)
+    return target
+
+
+def prune(run: RunFolder, keep: int, milestones: Collection[int]) -> None:
+    """Remove all complete checkpoints but the latest `keep` and those at `milestones`."""
+    removable = [path for step, path in run.checkpoints() if step not in milestones]
+    for path in removable[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, after all its files have been checked against the manifest; raises UserError."""
+    verify_manifest(path)
+    state = json.loads((path / "state.json").read_text())
+    if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
+        raise UserError(f"{path / 'state.json'}: not the state of a checkpoint")
+    if state["schema"] > SCHEMA:
+        raise UserError(
+            f"{path}: written by a newer tessera (schema {state['schema']}, this one reads {SCHEMA}); upgrade tessera"
+        )
+    return state
+
+
+def read_optimizer(path: Path, optimizer: AdamW, steps: int) -> None:
+    """Copy a checkpoint's moments into `optimizer`."""
+    read_tensors(path / "optimizer.safetensors", optimizer.tensors())
+    optimizer.steps = steps

@@ -1,0 +1,116 @@
+"""Run functions in processes of their own, a few at a time, and hear from them while they work.
+
+For the arms of a comparison: they share nothing but files, and one thread each beats two threads on one arm. A job
+may wait for others. A UserError in a job is raised here again; a job that dies is reported with its exit status. On
+Ctrl-C or SIGTERM the jobs are asked to end (training finishes its step and keeps a checkpoint) and waited for.
+"""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tessera.recipe import UserError
+from tessera.training.interrupt import finish_on_signal
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Interrupted(Exception):
+    """The user ended the work; what was done is kept, and the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`target(*arguments, emit)` returns what the parent gets; importable and picklable, since it is spawned."""
+
+    name: str
+    target: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    after: tuple[str, ...] = ()
+
+
+def run_jobs(
+    jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run all jobs, at most `workers` at once, in order where nothing waits; returns results by name.
+
+    `observer(name, event)` hears what a job emits. Raises the first job's UserError (the others are ended), a
+    RuntimeError with the job's traceback for a defect, Interrupted on a signal.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting, running, results = list(jobs), dict[str, tuple[BaseProcess, Connection]](), dict[str, Any]()
+    with finish_on_signal() as wish:
+        try:
+            while waiting or running:
+                if wish.stop:
+                    raise Interrupted
+                ready = [job for job in waiting if all(name in results for name in job.after)]
+                for job in ready[: workers - len(running)]:
+                    waiting.remove(job)
+                    mine, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_child, args=(theirs, job.target, job.arguments), name=job.name)
+                    process.start()
+                    theirs.close()
+                    running[job.name] = (process, mine)
+                for name in _readable(running):
+                    process, connection = running[name]
+                    message = _receive(connection)
+                    if message is None:
+                        process.join()
+                        raise UserError(
+                            f"the process of {name} ended without a word (exit status {process.exitcode}); if it was "
+                            "killed for memory, run fewer workers; what is done is kept"
+                        )
+                    kind, value = message
+                    if kind == "event":
+                        observer(name, value)
+                        continue
+                    process.join()
+                    del running[name]
+                    if kind == "user error":
+                        raise UserError(f"{name}: {value}")
+                    if kind == "defect":
+                        raise RuntimeError(f"{name} failed:\n{value}")
+                    results[name] = value
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+            for process, connection in running.values():
+                connection.close()
+                process.join()
+    return results
+
+
+def _readable(running: dict[str, tuple[BaseProcess, Connection]]) -> list[str]:
+    ready = wait([connection for _, connection in running.values()], timeout=0.2)
+    return [name for name, (_, connection) in running.items() if connection in ready]
+
+
+def _receive(connection: Connection) -> tuple[str, Any] | None:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def _child(connection: Connection, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def emit(event: dict[str, Any]) -> None:
+        try:
+            connection.send(("event", event))
+        except OSError:  # the parent has closed its end: it is ending us, and a checkpoint comes first
+            pass
+
+    try:
+        answer = ("done", target(*arguments, emit))
+    except UserError as error:
+        answer = ("user error", str(error))
+    except Exception:
+        answer = ("defect", traceback.format_exc())
+    try:
+        connection.send(answer)
+    except OSError:
+        pass

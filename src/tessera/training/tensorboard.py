@@ -1,0 +1,55 @@
+"""The events of a run as TensorBoard's files, for those who watch their runs there.
+
+A reader of events like the report: whatever it shows is in events.jsonl too. On resume it begins a new file, and
+TensorBoard's own purge hides the steps that are made again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tessera.recipe import UserError
+
+_NOT_CURVES = ("kind", "step")
+
+
+class TensorBoard:
+    """Writes `folder`/tensorboard; give `handle` every event. Raises UserError where the extra is missing."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "training.tensorboard = true, but TensorBoard is not installed; pip install 'tessera[tensorboard]', "
+                "or set it to false"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step or None)
+
+    def handle(self, event: dict[str, Any]) -> None:
+        """Write an event's curves; kinds without any are passed over."""
+        match event["kind"]:
+            case "step" | "validation":
+                for name, value in event.items():
+                    if name not in _NOT_CURVES:
+                        self._curve(f"{event['kind']}/{name}", value, event["step"])
+            case "load":
+                for layer, counts in zip(event["layers"], event["counts"], strict=True):
+                    mean = sum(counts) / len(counts) or 1.0
+                    self._curve(f"load/{layer} max over mean", max(counts) / mean, event["step"])
+                for layer, low, high in zip(event["layers"], event["bias_min"], event["bias_max"], strict=True):
+                    self._curve(f"routing bias/{layer} range", high - low, event["step"])
+            case "health":
+                for tensor, figures in event["tensors"].items():
+                    for name in ("relative_rms", "saturated", "flushed", "rounded_twice"):
+                        self._curve(f"health {name}/{tensor}", figures[name], event["step"])
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+    def _curve(self, name: str, value: Any, step: int) -> None:
+        if isinstance(value, list):
+            for i, one in enumerate(value):
+                self._curve(f"{name} {i + 1}", one, step)
+        elif value is not None:
+            self._writer.add_scalar(name, value, step)

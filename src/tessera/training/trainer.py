@@ -1,0 +1,292 @@
+"""The loop: from a recipe and batches to weights, one event at a time.
+
+A step: cut the batch into micro-batches, add up their gradients in FP32, look whether everything is finite, clip,
+update the weights, then move the routing biases once by the counts of the whole batch (DeepSeek-V3 report, section
+2.1.2). What is seen on the way is written to the run's event file and handed to `observer`; nothing here prints.
+
+Everything that the next step depends on is in `save`; a run that is stopped and resumed gives the same bits as one
+that is not. Wall-clock figures (tokens/s, MFU, elapsed seconds) are measurements and differ.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.accounting import flops_per_token, mfu, parameters
+from tessera.data import Batch, Dataset
+from tessera.model import Transformer
+from tessera.model.weights import read_weights
+from tessera.numerics import Policy, Recorder
+from tessera.ops.chunked_loss import IGNORED
+from tessera.recipe import Recipe
+from tessera.store import EventWriter, RunFolder
+from tessera.training import checkpoint, nonfinite
+from tessera.training.interrupt import finish_on_signal
+from tessera.training.loss import Losses, Share, training_loss
+from tessera.training.optimizer import AdamW
+from tessera.training.peak import measured_flops
+from tessera.training.tensorboard import TensorBoard
+from tessera.training.validation import Validation, validate
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """One run at one step. `step` counts finished steps, `position` consumed sequences, `tokens` predicted ones."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        dataset: Dataset,
+        *,
+        device: str = "cpu",
+        arm: str = "fp8",
+        milestones: Collection[int] = (),
+        observer: Observer = lambda event: None,
+    ) -> None:
+        """A fresh run at step 0. `milestones` are steps whose checkpoints are written and never removed."""
+        self.recipe, self.run_folder, self.dataset = recipe, run, dataset
+        self.device, self.arm, self.milestones = torch.device(device), arm, frozenset(milestones)
+        self.observer = observer
+        self.recorder = Recorder()
+        policy = Policy(**recipe.numerics.model_dump())
+        self.model = Transformer(
+            recipe.model, policy, recorder=self.recorder, seed=recipe.training.seed, device=self.device
+        )
+        self.optimizer = AdamW(dict(self.model.named_parameters()), recipe.optimizer)
+        self.step = self.position = self.tokens = 0
+        self.seconds = 0.0  # of training, over all sittings
+        self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
+        self._offset: int | None = 0
+        self._saved_at = -1  # step of the last checkpoint of this sitting
+        self._held_out = self._validation_batches(recipe.training.validation_batches)
+
+    # Where a run starts
+
+    @classmethod
+    def resume(cls, run: RunFolder, dataset: Dataset, path: Path, **options: Any) -> "Trainer":
+        """The run of `run`, at the checkpoint `path`; `options` as in the constructor."""
+        trainer = cls(run.recipe(), run, dataset, **options)
+        state = checkpoint.read_state(path)
+        read_weights(path, trainer.model)
+        checkpoint.read_optimizer(path, trainer.optimizer, state["optimizer_steps"])
+        trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
+        trainer.seconds, trainer._offset = state["seconds"], state["event_offset"]
+        return trainer
+
+    def start_from(self, path: Path) -> None:
+        """Take weights and routing biases from a checkpoint, and nothing else: a new stage begins at step 0."""
+        checkpoint.read_state(path)
+        read_weights(path, self.model)
+
+    @torch.no_grad()
+    def perturb(self, seed: int) -> None:
+        """Multiply every master by 1 +- 2^-20, signs drawn from `seed`: a control run (docs/numerics.md)."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device)
+            parameter.mul_(1 + (2.0 * signs - 1) * 2.0**-20)
+
+    # The run
+
+    def run(self) -> str:
+        """Train to the recipe's last step; returns "finished" or "interrupted" (Ctrl-C, SIGTERM; checkpoint kept).
+
+        Raises NonFinite before the optimizer of the first step that is not finite, and UserError where the disk
+        refuses; the run's state is then "failed".
+        """
+        self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
+        self._tensorboard = TensorBoard(self.run_folder.path, self.step) if self.recipe.training.tensorboard else None
+        self.run_folder.set_state("running", self.step, arm=self.arm)
+        state = "failed"
+        try:
+            self._announce()
+            with finish_on_signal() as wish:
+                while self.step < self.recipe.training.steps and not wish.stop:
+                    self._step()
+                    self._look_up()
+            finished = self.step >= self.recipe.training.steps
+            state = "finished" if finished else "interrupted"
+            if self._saved_at != self.step:
+                self._save()
+            self._emit("end", reason=state, seconds=self.seconds, tokens_per_s=self.tokens / max(self.seconds, 1e-9))
+        finally:
+            self._events.close()
+            if self._tensorboard:
+                self._tensorboard.close()
+            self.run_folder.set_state(state, self.step, arm=self.arm)
+        return state
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        t, step = self.recipe.training, self.step
+        size = self.recipe.batch_size_at(step)
+        batch = self.dataset.train.batch(self.position, size)
+        if self._due(t.health_interval, step) or step == t.steps - 1 and t.health_interval:
+            self.recorder.measuring = True
+        self.recorder.clear()
+        share = Share(
+            positions=max(int((batch.targets != IGNORED).sum()), 1),
+            sequences=size,
+            mtp_weight=t.mtp_loss_weight.at(step),
+            balance_weight=t.balance_loss_weight,
+        )
+        self.optimizer.zero_gradients()
+        losses = self._accumulate(batch, share)
+        norm = self.optimizer.gradient_norm()
+        total = sum((one.total.detach() for one in losses), torch.zeros(()))
+        if not bool(torch.isfinite(norm) & torch.isfinite(total)) or self.recorder.first_nonfinite():
+            where = nonfinite.find(self.model, self.recorder, lambda: self._accumulate(batch, share, backward=False))
+            raise nonfinite.NonFinite(step, where)
+        clip = self.recipe.optimizer.gradient_clip
+        rate = self.recipe.optimizer.learning_rate.at(step)
+        self.optimizer.step(rate, min(1.0, clip / (float(norm) + 1e-12)))
+        counts = [torch.stack(layer).sum(dim=0) for layer in zip(*(one.counts for one in losses), strict=True)]
+        speed = t.bias_update_speed.at(step)
+        for (_, router), count in zip(self.model.routers(), counts, strict=True):
+            router.update_bias(count, speed)
+
+        self.step += 1
+        self.position += size
+        self.tokens += size * self.recipe.data.sequence_length
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        self._record(step, size, losses, float(total), float(norm), rate, speed, share, elapsed, counts)
+
+    def _accumulate(self, batch: Batch, share: Share, backward: bool = True) -> list[Losses]:
+        """Forward and backward of every micro-batch; gradients add up in the parameters."""
+        micro = self.recipe.training.micro_batch_size or batch.tokens.shape[0]
+        masked = not self.recipe.data.cross_document_attention
+        losses = []
+        for start in range(0, batch.tokens.shape[0], micro):
+            part = _to(batch, self.device, slice(start, start + micro))
+            one = training_loss(self.model, part, part.document_ids if masked else None, share)
+            if backward:
+                one.total.backward()
+            losses.append(one)
+        return losses
+
+    def _record(
+        self,
+        step: int,
+        size: int,
+        losses: list[Losses],
+        total: float,
+        norm: float,
+        rate: float,
+        speed: float,
+        share: Share,
+        elapsed: float,
+        counts: list[Tensor],
+    ) -> None:
+        t, last = self.recipe.training, step == self.recipe.training.steps - 1
+        per_second = size * self.recipe.data.sequence_length / elapsed
+        if self._due(t.log_interval, step) or last:
+            depths = torch.stack([one.mtp for one in losses]).sum(dim=0)
+            self._emit(
+                "step",
+                step,
+                loss=total,
+                lm_loss=float(sum(one.lm for one in losses)),
+                mtp_loss=float(depths.mean()) if depths.numel() else None,
+                balance_loss=float(sum(one.balance for one in losses)),
+                gradient_norm=norm,
+                learning_rate=rate,
+                tokens=self.tokens,
+                tokens_per_s=per_second,
+                mfu=mfu(self._flops, per_second, self._peak),
+                batch_size=size,
+                bias_update_speed=speed,
+                mtp_loss_weight=share.mtp_weight,
+            )
+        if counts and (self._due(t.load_interval, step) or last):
+            biases = [router.e_score_correction_bias for _, router in self.model.routers()]
+            self._emit(
+                "load",
+                step,
+                layers=[name for name, _ in self.model.routers()],
+                counts=[count.tolist() for count in counts],
+                bias_min=[float(b.min()) for b in biases],
+                bias_max=[float(b.max()) for b in biases],
+            )
+        if self.recorder.measuring:
+            self._emit("health", step, tensors=dict(self.recorder.tensors))
+            self.recorder.measuring = False
+
+    # Between steps
+
+    def _look_up(self) -> None:
+        """Validation and checkpoints that are due after the step just made."""
+        t = self.recipe.training
+        last = self.step == t.steps
+        if t.validation_interval and (self.step % t.validation_interval == 0 or last):
+            self._emit("validation", **self.validate().facts())
+        due = t.checkpoint_interval and self.step % t.checkpoint_interval == 0
+        if (due or self.step in self.milestones) and not last:
+            self._save()
+
+    def validate(self) -> Validation:
+        """Score the recipe's held-out batches with the weights as they are."""
+        masked = not self.recipe.data.cross_document_attention
+        return validate(self.model, self._held_out, self.dataset.token_bytes, masked=masked)
+
+    def _save(self) -> None:
+        facts = {
+            "position": self.position,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "event_offset": self._events.offset,
+        }
+        path = checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts)
+        self._saved_at = self.step
+        self.run_folder.set_state("running", self.step, arm=self.arm)
+        self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path)))
+        keep = self.recipe.training.keep_checkpoints
+        if keep:
+            checkpoint.prune(self.run_folder, keep, self.milestones)
+
+    def _validation_batches(self, number: int) -> list[Batch]:
+        """The first `number` held-out batches; fewer, down to one smaller batch, where the split has no more."""
+        split = self.dataset.validation
+        size = min(self.recipe.batch_size_at(0), split.num_sequences)
+        number = min(number, split.num_sequences // size)
+        return [_to(split.batch(i * size, size), self.device, slice(None)) for i in range(number)]
+
+    def _announce(self) -> None:
+        t = self.recipe.training
+        counts = parameters(self.recipe.model)
+        self._peak = measured_flops(self.model.policy.activation_dtype, self.device)
+        self._emit(
+            "start",
+            arm=self.arm,
+            precision=self.recipe.numerics.precision,
+            parameters=counts.total + counts.mtp_total,
+            active_parameters=counts.active + counts.mtp_active,
+            tokens_per_step=self.recipe.batch_size_at(self.step) * self.recipe.data.sequence_length,
+            steps=t.steps,
+            notes=self.recipe.notes(),
+            resumed=self.step > 0,
+            threads=torch.get_num_threads(),
+            device=str(self.device),
+            peak_flops=self._peak,
+        )
+
+    def _due(self, interval: int, step: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    def _emit(self, kind: str, step: int | None = None, **fields: Any) -> None:
+        step = self.step if step is None else step
+        self._events.write(kind, step, **fields)
+        event = {"kind": kind, "step": step, **fields}
+        if self._tensorboard:
+            self._tensorboard.handle(event)
+        self.observer(event)
+
+
+def _to(batch: Batch, device: torch.device, rows: slice) -> Batch:
+    return Batch(*(getattr(batch, name)[rows].to(device) for name in ("tokens", "targets", "document_ids")))

@@ -1,0 +1,249 @@
+"""The loop: exact resume, stages, stopping, and what it writes on the way."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tessera.data import Dataset
+from tessera.model.weights import weights
+from tessera.recipe import Recipe, UserError
+from tessera.store import RunFolder, read_events
+from tessera.training import checkpoint
+from tessera.training.nonfinite import NonFinite
+from tessera.training.trainer import Trainer
+
+RecipeWith = Callable[..., Recipe]
+DatasetOf = Callable[[Recipe], Dataset]
+MEASURED = ("time", "tokens_per_s", "mfu", "seconds", "peak_flops")  # of the clock, not of the arithmetic
+
+
+def trained(recipe: Recipe, folder: Path, dataset: Dataset, **options: Any) -> Trainer:
+    trainer = Trainer(recipe, RunFolder.create(folder, recipe), dataset, **options)
+    trainer.run()
+    return trainer
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {**weights(trainer.model), **trainer.optimizer.tensors()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def facts(path: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in e.items() if k not in MEASURED} for e in read_events(path, *kinds)]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_resume_is_bit_exact(precision: str, recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    recipe = recipe_with(numerics={"precision": precision}, training={"micro_batch_size": 2})
+    dataset = dataset_of(recipe)
+    whole = trained(recipe, tmp_path / "whole", dataset)
+
+    broken = tmp_path / "broken"
+    first = Trainer(recipe, RunFolder.create(broken, recipe), dataset)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 4:
+            raise RuntimeError("the machine dies")  # after the checkpoint of step 4, in the middle of what follows
+
+    first.observer = stop
+    with pytest.raises(RuntimeError, match="dies"):
+        first.run()
+    run = RunFolder.open(broken)
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    assert latest[0] == 4
+    second = Trainer.resume(run, dataset, latest[1])
+    second.run()
+    assert_same(state(whole), state(second))
+    kinds = ("step", "load", "health", "validation")
+    assert facts(broken / "events.jsonl", *kinds) == facts(tmp_path / "whole" / "events.jsonl", *kinds)
+
+
+def test_measuring_health_and_validating_do_not_change_the_weights(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    quiet = recipe_with(training={"health_interval": 0, "validation_interval": 0, "load_interval": 0})
+    curious = recipe_with(training={"health_interval": 1, "validation_interval": 1, "load_interval": 1})
+    dataset = dataset_of(quiet)
+    one, two = trained(quiet, tmp_path / "quiet", dataset), trained(curious, tmp_path / "curious", dataset)
+    assert_same(state(one), state(two))
+
+
+def test_every_promised_event_is_written(recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    recipe = recipe_with()
+    trained(recipe, tmp_path / "run", dataset_of(recipe))
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    steps = {kind: [e["step"] for e in events if e["kind"] == kind] for kind in {e["kind"] for e in events}}
+    assert steps["step"] == [0, 1, 2, 3, 4, 5]
+    assert steps["load"] == [0, 2, 4, 5]
+    assert steps["health"] == [0, 4, 5]
+    assert steps["validation"] == [3, 6]
+    assert steps["checkpoint"] == [2, 4, 6]
+    load = next(e for e in events if e["kind"] == "load")
+    assert [sum(counts) for counts in load["counts"]] == [4 * 16 * 2] * len(load["layers"])
+    health = next(e for e in events if e["kind"] == "health")["tensors"]
+    assert any(name.endswith("gradient_columns") for name in health)
+    assert any(t["rounded_twice"] is not None for t in health.values())
+    assert events[-1]["reason"] == "finished"
+    assert RunFolder.open(tmp_path / "run").state()["state"] == "finished"
+
+
+def test_the_bias_moves_against_the_load_once_a_step(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(training={"steps": 1, "load_interval": 1, "bias_update_speed": 0.01, "micro_batch_size": 1})
+    trainer = trained(recipe, tmp_path / "run", dataset_of(recipe))
+    (load,) = read_events(tmp_path / "run" / "events.jsonl", "load")
+    for (_, router), counts in zip(trainer.model.routers(), load["counts"], strict=True):
+        mean = sum(counts) / len(counts)
+        expected = [0.01 * ((mean > c) - (mean < c)) for c in counts]
+        assert router.e_score_correction_bias.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "named"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", torch.inf, "the weight model.layers.1.mlp.experts.down_proj"),
+        ("lm_head.weight", torch.nan, "the weight lm_head.weight"),
+        ("model.layers.0.input_layernorm.weight", 3e38, "model.layers.0.self_attn"),  # overflows in the activations
+        ("model.norm.weight", 3e38, "model.layers.2"),  # behind the trunk: the first FP8 operand is the MTP block's
+    ],
+)
+def test_a_non_finite_step_stops_before_the_optimizer_and_names_the_place(
+    parameter: str, value: float, named: str, recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with()
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset_of(recipe))
+    with torch.no_grad():
+        dict(trainer.model.named_parameters())[parameter].view(-1)[5] = value
+    before = {name: t.clone() for name, t in state(trainer).items()}
+    with pytest.raises(NonFinite) as error:
+        trainer.run()
+    assert named in error.value.where
+    after = state(trainer)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+    assert RunFolder.open(tmp_path / "run").state()["state"] == "failed"
+
+
+def test_bf16_runs_name_the_module_too(recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    recipe = recipe_with(numerics={"precision": "bf16"})
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset_of(recipe))
+    with torch.no_grad():
+        dict(trainer.model.named_parameters())["model.layers.1.input_layernorm.weight"][0] = 3e38
+    with pytest.raises(NonFinite, match=r"the output of model\.layers\.1"):
+        trainer.run()
+
+
+def test_a_signal_finishes_the_step_and_keeps_a_checkpoint(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(training={"checkpoint_interval": 0})
+    dataset = dataset_of(recipe)
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.observer = interrupt
+    assert trainer.run() == "interrupted"
+    run = RunFolder.open(tmp_path / "run")
+    assert [step for step, _ in run.checkpoints()] == [3]
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    resumed = Trainer.resume(run, dataset, latest[1])
+    assert resumed.run() == "finished"
+    whole = trained(recipe, tmp_path / "whole", dataset)
+    assert_same(state(whole), state(resumed))
+
+
+def test_a_new_stage_takes_weights_and_biases_and_starts_its_own_clock(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with()
+    first = trained(recipe, tmp_path / "first", dataset_of(recipe))
+    longer = recipe_with(data={"sequence_length": 24}, training={"steps": 2})
+    second = Trainer(longer, RunFolder.create(tmp_path / "second", longer), dataset_of(longer))
+    second.start_from(tmp_path / "first" / "checkpoints" / "step-6")
+    assert_same(weights(first.model), weights(second.model))
+    assert (second.step, second.position, second.optimizer.steps) == (0, 0, 0)
+    assert second.run() == "finished"
+
+
+def test_weights_of_another_shape_are_refused_by_name(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(training={"steps": 1})
+    trained(recipe, tmp_path / "run", dataset_of(recipe))
+    wider = recipe_with(model={"moe_intermediate_size": 32})
+    trainer = Trainer(wider, RunFolder.create(tmp_path / "wider", wider), dataset_of(wider))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp.*\(4, 48, 32\).*\(4, 64, 32\)"):
+        trainer.start_from(tmp_path / "run" / "checkpoints" / "step-1")
+
+
+def test_a_damaged_checkpoint_is_refused_by_file_name(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(training={"steps": 1})
+    trained(recipe, tmp_path / "run", dataset_of(recipe))
+    path = tmp_path / "run" / "checkpoints" / "step-1"
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+        checkpoint.read_state(path)
+
+
+def test_a_checkpoint_of_a_newer_tessera_is_refused(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    from tessera.store import write_manifest
+
+    recipe = recipe_with(training={"steps": 1})
+    trained(recipe, tmp_path / "run", dataset_of(recipe))
+    path = tmp_path / "run" / "checkpoints" / "step-1"
+    facts = json.loads((path / "state.json").read_text()) | {"schema": 99}
+    (path / "state.json").write_text(json.dumps(facts))
+    write_manifest(path)
+    with pytest.raises(UserError, match="newer tessera"):
+        checkpoint.read_state(path)
+
+
+def test_only_the_latest_checkpoints_and_the_milestones_are_kept(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(training={"checkpoint_interval": 1, "keep_checkpoints": 2})
+    trained(recipe, tmp_path / "run", dataset_of(recipe), milestones=(2,))
+    run = RunFolder.open(tmp_path / "run")
+    assert [step for step, _ in run.checkpoints()] == [2, 5, 6]
+
+
+def test_a_perturbation_moves_every_master_by_the_last_places_and_depends_on_its_seed(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with()
+    dataset = dataset_of(recipe)
+    trainers = [Trainer(recipe, RunFolder.create(tmp_path / str(i), recipe), dataset) for i in range(3)]
+    before = {name: p.detach().clone() for name, p in trainers[0].model.named_parameters()}
+    trainers[0].perturb(1)
+    trainers[1].perturb(2)
+    signs = []
+    for name, p in trainers[0].model.named_parameters():
+        moved = (p.detach().double() / before[name].double() - 1)[before[name] != 0]
+        assert torch.allclose(moved.abs(), torch.full_like(moved, 2.0**-20), rtol=0.2), name
+        signs.append(moved.flatten() > 0)
+    assert 0.4 < float(torch.cat(signs).float().mean()) < 0.6
+    other = dict(trainers[1].model.named_parameters())
+    assert not torch.equal(trainers[0].model.lm_head.weight, other["lm_head.weight"])
+    assert torch.equal(before["lm_head.weight"], trainers[2].model.lm_head.weight.detach())
