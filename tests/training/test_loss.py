@@ -29,7 +29,9 @@ def test_depth_k_embeds_the_token_k_ahead_and_predicts_the_one_behind_it() -> No
                 assert embedded[row, i] == (path[depth - 1] if whole else 0)
 
 
-def parts(model: Transformer, batch: Batch, micro: int, weights: tuple[float, float]) -> tuple[float, dict[str, Tensor]]:
+def parts(
+    model: Transformer, batch: Batch, micro: int, weights: tuple[float, float]
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     share = Share(int((batch.targets != IGNORED).sum()), len(batch.tokens), *weights)
     total = 0.0

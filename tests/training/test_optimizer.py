@@ -12,7 +12,9 @@ def section(**changes: object) -> OptimizerSection:
     return OptimizerSection.model_validate({"learning_rate": 1e-2, **changes})
 
 
-def formula(weights: list[float], gradients: list[list[float]], s: OptimizerSection, rate: float, decays: bool) -> list[float]:
+def formula(
+    weights: list[float], gradients: list[list[float]], s: OptimizerSection, rate: float, decays: bool
+) -> list[float]:
     """One element at a time, in Python's float64, moments unrounded."""
     result = []
     for index, w in enumerate(weights):

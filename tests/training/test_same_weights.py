@@ -1,12 +1,10 @@
 """The same-weights criteria: each figure against its definition, and ablations that they must tell apart."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tessera.data import Dataset
 from tessera.model import Transformer
 from tessera.numerics import Policy
 from tessera.recipe import Recipe

@@ -15,7 +15,7 @@ EXAMPLE = (
     "Example: [bold]tessera compare recipes/tiny.toml[/bold], and later, in the same folder, the noise floor and the "
     "ablations: [bold]tessera compare --resume runs/tiny --control 2 --ablations[/bold]"
 )
-SAMPLE = {"prompt": "def ", "tokens": 96, "temperature": 0.7, "top_p": 0.95, "seed": 0}
+SAMPLE: dict[str, Any] = {"prompt": "def ", "tokens": 96, "temperature": 0.7, "top_p": 0.95, "seed": 0}
 
 
 def command(
@@ -35,10 +35,12 @@ def command(
         bool, typer.Option("--ablations", help="Other tiles, formats and roundings on the same weights; no training.")
     ] = False,
     accumulation: Annotated[
-        bool, typer.Option("--accumulation", help="Hopper's accumulation without promotion, on the same weights (slow).")
+        bool,
+        typer.Option("--accumulation", help="Hopper's accumulation without promotion, on the same weights (slow)."),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes at once, each with its share of the cores; default: one a core.")
+        int | None,
+        typer.Option(min=1, help="Processes at once, each with its share of the cores; default: one a core."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -62,9 +64,7 @@ def command(
         assert recipe is not None
         resolved = load_recipe(recipe, overrides or ())
         names = [name.strip() for name in arms.split(",") if name.strip()]
-        comparison = compare.create(
-            out_folder(out, resolved.name), resolved, names, control, wanted, accumulation
-        )
+        comparison = compare.create(out_folder(out, resolved.name), resolved, names, control, wanted, accumulation)
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(comparison.trained))
     rounds = -(-len(comparison.trained) // workers)
@@ -120,7 +120,9 @@ def _print(summary: dict[str, Any], report: Path) -> None:
     bias = summary["same_weights_gradient_bias"]
     console.print(f"FP8 verdict: [bold]{summary['verdict']}[/bold]")
     console.print(f"  same-weights loss error      {summary['same_weights_loss_error']:.4%}  (bar 0.05 %)")
-    console.print(f"  same-weights gradient error  {summary['same_weights_gradient_error']:.2%}  (bar 10 %), bias {bias:+.3%} (bar 1 %)")
+    console.print(
+        f"  same-weights gradient error  {summary['same_weights_gradient_error']:.2%}  (bar 10 %), bias {bias:+.3%} (bar 1 %)"
+    )
     curve = summary["relative_loss_error_figure"]
     reason = summary["relative_loss_error_reason"]
     console.print(

@@ -83,9 +83,13 @@ def _version(package: str) -> str | None:
 
 def _print(facts: dict[str, Any]) -> None:
     print(f"tessera {facts['tessera']}, Python {facts['python']}, torch {facts['torch']}")
-    print(f"machine   {facts['platform']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['cpu_capability']}")
+    print(
+        f"machine   {facts['platform']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['cpu_capability']}"
+    )
     print(f"devices   cpu{', cuda: ' + facts['cuda'] if facts['cuda'] else ' (no CUDA device)'}")
-    print(f"kernels   {facts['kernels']}; codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}")
+    print(
+        f"kernels   {facts['kernels']}; codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}"
+    )
     for extra, found in facts["extras"].items():
         missing = f"not installed; pip install 'tessera[{extra}]'"
         print(f"extra     {extra}: {found or missing}")

@@ -8,9 +8,7 @@ import typer
 from tessera.cli.options import Json, Overrides, RecipePath, Threads, print_json, say
 from tessera.recipe import UserError, load_recipe
 
-app = typer.Typer(
-    help="What a recipe means, without training it.", no_args_is_help=True, rich_markup_mode="rich"
-)
+app = typer.Typer(help="What a recipe means, without training it.", no_args_is_help=True, rich_markup_mode="rich")
 
 
 @app.command(epilog="Example: [bold]tessera inspect model recipes/deepseek-v3.toml[/bold]")
@@ -60,7 +58,9 @@ def model(recipe: RecipePath, overrides: Overrides = None, json: Json = False) -
         table.add_row("multi-token prediction adds", _short(counts.mtp_total), _short(counts.mtp_active))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"FLOPs a token at {length} tokens: forward {flops.forward:.4g}, training {flops.training:.4g} (with MTP)")
+    console.print(
+        f"FLOPs a token at {length} tokens: forward {flops.forward:.4g}, training {flops.training:.4g} (with MTP)"
+    )
     console.print(
         f"cache bytes a token (BF16): {facts['cache_bytes_per_token']:,}; MTP's apart: "
         f"{facts['mtp_cache_bytes_per_token']:,}"
@@ -96,7 +96,9 @@ def precision(recipe: RecipePath, overrides: Overrides = None, json: Json = Fals
 
 @app.command(epilog="Example: [bold]tessera inspect accumulation --largest-k 4096 --plot accumulation.svg[/bold]")
 def accumulation(
-    largest_k: Annotated[int, typer.Option("--largest-k", min=512, help="Contractions from 512 to this, doubling.")] = 16384,
+    largest_k: Annotated[
+        int, typer.Option("--largest-k", min=512, help="Contractions from 512 to this, doubling.")
+    ] = 16384,
     size: Annotated[int, typer.Option(min=1, help="Outputs are size x size.")] = 256,
     plot: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the curves into this file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,

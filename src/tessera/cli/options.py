@@ -31,5 +31,3 @@ def say(text: str = "") -> None:
 def out_folder(out: Path | None, name: str) -> Path:
     """The folder of a run or comparison."""
     return out or Path("runs") / name
-
-

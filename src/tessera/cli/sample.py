@@ -16,7 +16,9 @@ def command(
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def ",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of this probability.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of this probability.")
+    ] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     threads: Threads = None,
     json: Json = False,

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,8 +48,10 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: " + ("no CUDA device here; use cpu" if device == "cuda" else "cpu or cuda"))
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(
+            f"--device {device}: " + ("no CUDA device here; use cpu" if device == "cuda" else "cpu or cuda")
+        )
     latest = None
     if resume is not None:
         run = RunFolder.open(resume)
@@ -67,7 +69,7 @@ def command(
         run = RunFolder.create(out_folder(out, resolved.name), resolved)
     with Board(quiet=json, limit_minutes=resolved.training.time_limit_minutes) as board:
         data = Path(resolved.data.cache) if resolved.data.cache else _data_folder(run.path)
-        options = {
+        options: dict[str, Any] = {
             "device": device,
             "arm": resolved.numerics.precision,
             "observer": lambda event: board.handle(resolved.name, event),
@@ -91,7 +93,9 @@ def command(
         facts = trainer.validate().facts() if state == "finished" else {}
         print_json({"run": run.path, "state": state, "step": trainer.step, "report": report, "validation": facts})
     elif state == "interrupted":
-        say(f"stopped after step {trainer.step}; a checkpoint is kept. Go on with:\n  tessera train --resume {run.path}")
+        say(
+            f"stopped after step {trainer.step}; a checkpoint is kept. Go on with:\n  tessera train --resume {run.path}"
+        )
     else:
         say(f"finished: {run.path}\nreport:   {report}\nsample:   tessera sample {run.path} --prompt 'def '")
     if state == "interrupted":

@@ -28,7 +28,9 @@ from tessera.training.optimizer import AdamW
 SCHEMA = 1
 
 
-def save(run: RunFolder, step: int, model: nn.Module, optimizer: AdamW, tokenizer: str, facts: Mapping[str, Any]) -> Path:
+def save(
+    run: RunFolder, step: int, model: nn.Module, optimizer: AdamW, tokenizer: str, facts: Mapping[str, Any]
+) -> Path:
     """Write checkpoints/step-N of the run; returns its path.
 
     `tokenizer` is the text of tokenizer.json, `facts` are the trainer's numbers. Raises UserError where the disk

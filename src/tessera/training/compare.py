@@ -25,14 +25,22 @@ from tessera.data import Dataset, WittenBellBigram, prepare
 from tessera.recipe import Recipe, UserError, load_recipe
 from tessera.store import RunFolder, read_events, write_atomic
 from tessera.training import same_weights, verdict
-from tessera.training.arms import ARMS, arm_recipe, control_seed, is_control
+from tessera.training.arms import arm_recipe, control_seed, is_control
 from tessera.training.jobs import Emit, Job, run_jobs
 from tessera.training.same_weights import SameWeights, Yardstick, gradient_error
 from tessera.training.trainer import Trainer
 
 SCHEMA = 1
 # Without training, on the BF16 arm's final weights. The accumulation model is slow on a CPU: one short batch, on request.
-ABLATIONS = ("float32-scales", "deepseek-v3-scales", "per-row", "per-tensor", "e5m2-gradients", "block-gradients", "toward-zero")
+ABLATIONS = (
+    "float32-scales",
+    "deepseek-v3-scales",
+    "per-row",
+    "per-tensor",
+    "e5m2-gradients",
+    "block-gradients",
+    "toward-zero",
+)
 OUTLIER_ABLATIONS = ("fp8", "per-tensor")  # again, with one channel scaled by 1e5
 ACCUMULATION_TOKENS = 256
 
@@ -68,7 +76,9 @@ class Comparison:
         return prepare(self.recipe.data, self.recipe.model.vocab_size, self.data_folder, progress=progress)
 
 
-def create(folder: Path, recipe: Recipe, arms: Sequence[str], controls: int, ablations: Sequence[str], accumulation: bool) -> Comparison:
+def create(
+    folder: Path, recipe: Recipe, arms: Sequence[str], controls: int, ablations: Sequence[str], accumulation: bool
+) -> Comparison:
     """Lay out a new comparison; raises UserError for an unknown arm or a folder in use."""
     for arm in (*arms, *ablations):
         arm_recipe(recipe, arm)
@@ -91,12 +101,16 @@ def create(folder: Path, recipe: Recipe, arms: Sequence[str], controls: int, abl
     return comparison
 
 
-def open_comparison(folder: Path, controls: int | None = None, ablations: Sequence[str] | None = None, accumulation: bool = False) -> Comparison:
+def open_comparison(
+    folder: Path, controls: int | None = None, ablations: Sequence[str] | None = None, accumulation: bool = False
+) -> Comparison:
     """The comparison in a folder, to go on with; more controls and ablations may be asked for than before."""
     try:
         plan = json.loads((folder / "comparison.json").read_text())
         recipe = load_recipe(folder / "recipe.toml")
-        found = Comparison(folder, recipe, tuple(plan["arms"]), plan["controls"], tuple(plan["ablations"]), plan["accumulation"])
+        found = Comparison(
+            folder, recipe, tuple(plan["arms"]), plan["controls"], tuple(plan["ablations"]), plan["accumulation"]
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no comparison to go on with: {error}") from None
     grown = replace(
@@ -120,7 +134,13 @@ def _plan(c: Comparison) -> dict[str, Any]:
     }
 
 
-def run(comparison: Comparison, *, workers: int, observer: Callable[[str, dict[str, Any]], None], sampler: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+def run(
+    comparison: Comparison,
+    *,
+    workers: int,
+    observer: Callable[[str, dict[str, Any]], None],
+    sampler: Callable[[Path], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Train what is not trained, measure what is not measured; writes and returns compare.json.
 
     `observer(job, event)` hears of the progress; `sampler(run folder)` makes the sample of the FP8 arm. Raises
@@ -179,7 +199,9 @@ def evaluate(comparison: Comparison, threads: int, emit: Emit) -> dict[str, Any]
     judge = SameWeights(recipe, held_out(dataset, recipe, same_weights.NUM_BATCHES))
     steps = same_weights.milestones(recipe.training.steps)
     batches = len(judge.batches)
-    total = len(steps) * batches * 2 + len(rows) * batches + len(OUTLIER_ABLATIONS) * batches * bool(comparison.ablations)
+    total = (
+        len(steps) * batches * 2 + len(rows) * batches + len(OUTLIER_ABLATIONS) * batches * bool(comparison.ablations)
+    )
     done = 0
 
     def progress() -> None:
@@ -250,7 +272,9 @@ def _gradients(judge: SameWeights, exact: Yardstick) -> dict[str, Any]:
     }
 
 
-def _ablations(judge: SameWeights, arms: Sequence[str], exact: Yardstick, progress: Callable[[], None]) -> dict[str, Any]:
+def _ablations(
+    judge: SameWeights, arms: Sequence[str], exact: Yardstick, progress: Callable[[], None]
+) -> dict[str, Any]:
     """Each arm on the final weights: the criteria of the verdict, at one point."""
     if not arms:
         return {}

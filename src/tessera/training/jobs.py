@@ -8,9 +8,10 @@ Ctrl-C or SIGTERM the jobs are asked to end (training finishes its step and keep
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from tessera.recipe import UserError
@@ -33,16 +34,14 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def run_jobs(
-    jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[str, Any]], None]
-) -> dict[str, Any]:
+def run_jobs(jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
     """Run all jobs, at most `workers` at once, in order where nothing waits; returns results by name.
 
     `observer(name, event)` hears what a job emits. Raises the first job's UserError (the others are ended), a
     RuntimeError with the job's traceback for a defect, Interrupted on a signal.
     """
     context = multiprocessing.get_context("spawn")
-    waiting, running, results = list(jobs), dict[str, tuple[BaseProcess, Connection]](), dict[str, Any]()
+    waiting, running, results = list(jobs), dict[str, tuple[SpawnProcess, Connection]](), dict[str, Any]()
     with finish_on_signal() as wish:
         try:
             while waiting or running:
@@ -85,7 +84,7 @@ def run_jobs(
     return results
 
 
-def _readable(running: dict[str, tuple[BaseProcess, Connection]]) -> list[str]:
+def _readable(running: dict[str, tuple[SpawnProcess, Connection]]) -> list[str]:
     ready = wait([connection for _, connection in running.values()], timeout=0.2)
     return [name for name, (_, connection) in running.items() if connection in ready]
 
@@ -99,10 +98,8 @@ def _receive(connection: Connection) -> tuple[str, Any] | None:
 
 def _child(connection: Connection, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     def emit(event: dict[str, Any]) -> None:
-        try:
+        with suppress(OSError):  # the parent has closed its end: it is ending us, and a checkpoint comes first
             connection.send(("event", event))
-        except OSError:  # the parent has closed its end: it is ending us, and a checkpoint comes first
-            pass
 
     try:
         answer = ("done", target(*arguments, emit))
@@ -110,7 +107,5 @@ def _child(connection: Connection, target: Callable[..., Any], arguments: tuple[
         answer = ("user error", str(error))
     except Exception:
         answer = ("defect", traceback.format_exc())
-    try:
+    with suppress(OSError):
         connection.send(answer)
-    except OSError:
-        pass

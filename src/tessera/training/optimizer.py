@@ -25,7 +25,7 @@ class AdamW:
         self.section = section
         self.steps = 0
         self.names = list(parameters)
-        self.parameters = list(parameters.values())
+        self.parameters: list[Tensor] = list(parameters.values())
         dtype = MOMENTS[section.moments]
         self.first = [torch.zeros_like(p, dtype=dtype) for p in self.parameters]
         self.second = [torch.zeros_like(p, dtype=dtype) for p in self.parameters]

@@ -107,10 +107,18 @@ class SameWeights:
         return Yardstick(losses, routing)
 
     @torch.no_grad()
-    def loss_error(self, arm: str, against: Yardstick, batches: Sequence[Batch] | None = None, progress: Callable[[], None] = lambda: None) -> LossError:
+    def loss_error(
+        self,
+        arm: str,
+        against: Yardstick,
+        batches: Sequence[Batch] | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> LossError:
         """The arm's loss error on the same weights and batches as `against`."""
         free, replayed, changed, tokens = [], [], 0, 0
-        for batch, exact, routing in zip(self.batches if batches is None else batches, against.losses, against.routing, strict=True):
+        for batch, exact, routing in zip(
+            self.batches if batches is None else batches, against.losses, against.routing, strict=True
+        ):
             loss, experts = self._forward(arm, batch, None)
             free.append(abs(float(loss) - exact) / exact)
             changed += rerouted(experts, routing)

@@ -24,6 +24,7 @@ from tessera.numerics import Policy, Recorder
 from tessera.ops.chunked_loss import IGNORED
 from tessera.recipe import Recipe
 from tessera.store import EventWriter, RunFolder
+from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
 from tessera.training.interrupt import finish_on_signal
 from tessera.training.loss import Losses, Share, training_loss
@@ -94,7 +95,7 @@ class Trainer:
 
     # The run
 
-    def run(self) -> str:
+    def run(self) -> State:
         """Train to the recipe's last step; returns "finished" or "interrupted" (Ctrl-C, SIGTERM; checkpoint kept).
 
         Raises NonFinite before the optimizer of the first step that is not finite, and UserError where the disk
@@ -103,7 +104,7 @@ class Trainer:
         self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
         self._tensorboard = TensorBoard(self.run_folder.path, self.step) if self.recipe.training.tensorboard else None
         self.run_folder.set_state("running", self.step, arm=self.arm)
-        state = "failed"
+        state: State = "failed"
         try:
             self._announce()
             with finish_on_signal() as wish:
@@ -127,7 +128,7 @@ class Trainer:
         t, step = self.recipe.training, self.step
         size = self.recipe.batch_size_at(step)
         batch = self.dataset.train.batch(self.position, size)
-        if self._due(t.health_interval, step) or step == t.steps - 1 and t.health_interval:
+        if self._due(t.health_interval, step) or (step == t.steps - 1 and t.health_interval):
             self.recorder.measuring = True
         self.recorder.clear()
         share = Share(
@@ -242,7 +243,9 @@ class Trainer:
             "seconds": self.seconds,
             "event_offset": self._events.offset,
         }
-        path = checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts)
+        path = checkpoint.save(
+            self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts
+        )
         self._saved_at = self.step
         self.run_folder.set_state("running", self.step, arm=self.arm)
         self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path)))

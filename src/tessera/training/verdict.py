@@ -32,7 +32,9 @@ class CurveError:
         return self.reason is None
 
 
-def curve_error(fp8: Mapping[int, float], bf16: Mapping[int, float], controls: Sequence[Mapping[int, float]], steps: int) -> CurveError:
+def curve_error(
+    fp8: Mapping[int, float], bf16: Mapping[int, float], controls: Sequence[Mapping[int, float]], steps: int
+) -> CurveError:
     """Losses by step -> CurveError over disjoint 50-step windows of the last half of a run of `steps`."""
     figure = largest_gap(fp8, bf16, steps)
     own = tuple(gap for c in controls if (gap := largest_gap(c, bf16, steps)) is not None)
@@ -61,7 +63,9 @@ def largest_gap(a: Mapping[int, float], b: Mapping[int, float], steps: int) -> f
     return max(gaps, default=None)
 
 
-def failures(loss_error: float, gradient_error: float | None, gradient_bias: float | None, curve: CurveError | None = None) -> list[str]:
+def failures(
+    loss_error: float, gradient_error: float | None, gradient_bias: float | None, curve: CurveError | None = None
+) -> list[str]:
     """Which bars are missed, in words; an empty list is a pass. None: not measured, no bar."""
     found = []
     if not loss_error < LOSS_BAR:  # a NaN fails too
