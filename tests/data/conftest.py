@@ -4,7 +4,10 @@ import pytest
 
 from tessera.data import Tokenizer
 
-WORDS = "def return self value of the a is not in for and import None count name list x".split()
+WORDS = [
+    "def", "return", "self", "value", "of", "the", "a", "is", "not", "in", "for", "and", "import", "None", "count",
+    "name", "list", "x",
+]  # fmt: skip
 
 
 def prose(seed: int, words: int) -> str:

@@ -1,6 +1,7 @@
 """The stream against a slow one made of Python lists; resuming, ranks and epochs follow from that."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,20 +46,27 @@ def slow_stream(documents: TokenDocuments, seed: int, tokens: int) -> list[tuple
     return stream[:tokens]
 
 
+def drawn(batches: Batches, seed: int, position: int) -> int:
+    """The sequence of the stream that stands at a position: shuffled within windows of an epoch's length."""
+    window, place = divmod(position, batches.num_sequences)
+    return window * batches.num_sequences + int(permutation(batches.num_sequences, seed, "sequences", window)[place])
+
+
 @given(lengths, st.integers(1, 30), st.integers(0, 3), st.integers(0, 30), st.booleans(), st.integers(1, 40))
 @settings(deadline=None, max_examples=200)
 def test_every_sequence_is_the_slow_streams(sizes, length, seed, position, cross, shard_tokens) -> None:
     documents = documents_of(sizes, shard_tokens)
     batches = Batches(documents, length, seed=seed, end_of_text=END, cross_document_attention=cross)
-    stream = slow_stream(documents, seed, (position + 3) * length + 1)
+    sequences = [drawn(batches, seed, position + row) for row in range(3)]
+    stream = slow_stream(documents, seed, (max(sequences) + 1) * length + 1)
     batch = batches.batch(position, 3)
     for row in range(3):
-        start = (position + row) * length
+        start = sequences[row] * length
         window = stream[start : start + length + 1]
         assert batch.tokens[row].tolist() == [token for token, _ in window[:-1]]
         expected = [
             after if cross or here == there else IGNORED
-            for (_, here), (after, there) in zip(window, window[1:], strict=False)
+            for (_, here), (after, there) in pairwise(window)
         ]
         assert batch.targets[row].tolist() == expected
         assert batch.document_ids[row].tolist() == [begun - window[0][1] for _, begun in window[:-1]]
@@ -74,7 +82,8 @@ def test_held_out_tokens_are_each_a_target_once_and_the_rest_is_ignored(sizes, l
     whole = batches.batch(0, batches.num_sequences)
     order = permutation(len(sizes), 4, "order", 0)
     expected = [token for i in order for token in texts(documents)[i]]
-    inputs, targets = whole.tokens.flatten().tolist(), whole.targets.flatten().tolist()
+    in_order = np.argsort(permutation(batches.num_sequences, 4, "sequences", 0))
+    inputs, targets = (x[torch.from_numpy(in_order)].flatten().tolist() for x in (whole.tokens, whole.targets))
     kept = [t for t in targets if t != IGNORED]
     if cross:
         assert kept == expected[1:]
@@ -112,8 +121,9 @@ def test_every_token_of_an_epoch_is_an_input_once_and_a_target_once() -> None:
         batch = batches.batch(epoch * batches.num_sequences, batches.num_sequences)
         every = Counter(token for text in texts(documents) for token in text)
         assert Counter(batch.tokens.flatten().tolist()) == every
-        before = int(batch.tokens[0, 0]), int(batches.batch((epoch + 1) * batches.num_sequences, 1).tokens[0, 0])
-        assert Counter(batch.targets.flatten().tolist()) == every - Counter(before[:1]) + Counter(before[1:])
+        stream = slow_stream(documents, 3, (epoch + 1) * sum(sizes) + 1)
+        first, behind = stream[epoch * sum(sizes)][0], stream[-1][0]
+        assert Counter(batch.targets.flatten().tolist()) == every - Counter([first]) + Counter([behind])
         orders.append(tuple(batch.tokens.flatten().tolist()))
     assert len(set(orders)) == 5
 
@@ -121,9 +131,23 @@ def test_every_token_of_an_epoch_is_an_input_once_and_a_target_once() -> None:
 def test_epochs_follow_without_a_gap_where_sequences_do_not_divide_them() -> None:
     documents = documents_of([5, 4, 2])
     batches = Batches(documents, 4, seed=0, end_of_text=END)
-    batch = batches.batch(0, 11)  # 44 tokens: four epochs
-    assert Counter(batch.tokens.flatten().tolist()) == Counter(4 * [t for text in texts(documents) for t in text])
+    batch = batches.batch(0, 22)  # 88 tokens: eight epochs, and eleven windows of two sequences
+    assert Counter(batch.tokens.flatten().tolist()) == Counter(8 * [t for text in texts(documents) for t in text])
     assert not (batch.targets == IGNORED).any()
+
+
+def test_a_batch_is_no_run_of_neighbours() -> None:
+    documents = documents_of([1000])
+    batches = Batches(documents, 10, seed=0, end_of_text=END)
+    firsts = batches.batch(0, 100).tokens[:, 0].tolist()
+    neighbours = sum(after - before == 10 for before, after in pairwise(firsts))
+    assert neighbours < 10  # 99 without the shuffle, one expected with it
+
+
+def test_orders_of_past_epochs_are_not_kept() -> None:
+    batches = Batches(documents_of([5, 4, 2]), 4, seed=0, end_of_text=END)
+    batches.batch(0, 100)
+    assert len(batches._epochs) == 2
 
 
 def test_a_single_document_meets_itself_as_another_document() -> None:

@@ -141,7 +141,9 @@ def trunk(tokens: list[int], state: State, section: ModelSection, documents: lis
     return rms(x, state["model.norm.weight"], section.rms_norm_eps)
 
 
-def mtp(carry: Tensor, next_tokens: list[int], state: State, section: ModelSection, depth: int) -> tuple[Tensor, Tensor]:
+def mtp(
+    carry: Tensor, next_tokens: list[int], state: State, section: ModelSection, depth: int
+) -> tuple[Tensor, Tensor]:
     """-> (logits [L, V], what block depth + 1 takes [L, H])."""
     index = section.num_hidden_layers + depth - 1
     name, epsilon = f"model.layers.{index}", section.rms_norm_eps

@@ -15,7 +15,8 @@ def test_two_chained_blocks_equal_an_independent_slow_implementation() -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains of 1 would hide a missing one
-                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     state = slow_model.float64(hugging_face_state(model))
     sequences = shapes.tokens(SECTION, batch=2, length=14)
     trunk = model(sequences[:, :-2])

@@ -33,7 +33,8 @@ def test_a_model_filled_from_another_one_computes_the_same() -> None:
     one, other = shapes.with_biases(shapes.model(SECTION)), shapes.model(SECTION, seed=8)
     load_hugging_face(other, hugging_face_state(one))
     tokens = shapes.tokens(SECTION, batch=2, length=10)
-    assert torch.equal(one.draft(1, one(tokens).carry, tokens).hidden, other.draft(1, other(tokens).carry, tokens).hidden)
+    drafts = [m.draft(1, m(tokens).carry, tokens).hidden for m in (one, other)]
+    assert torch.equal(*drafts)
 
 
 def test_the_tensors_are_the_models_own_memory() -> None:

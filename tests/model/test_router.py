@@ -48,7 +48,8 @@ def assert_routes_as_the_loops(section: ModelSection, bias: str) -> None:
         affinity = [1 / (1 + math.exp(-v)) for v in row.tolist()]
         owed = slow_model.chosen_experts(affinity, router.e_score_correction_bias.tolist(), section)
         assert routing.experts[t].tolist() == owed
-        assert routing.weights[t].tolist() == pytest.approx(slow_model.routing_weights(affinity, owed, section), rel=1e-5)
+        weights = slow_model.routing_weights(affinity, owed, section)
+        assert routing.weights[t].tolist() == pytest.approx(weights, rel=1e-5)
         for expert in owed:
             counts[expert] += 1
     assert routing.counts.dtype == torch.int64 and routing.counts.tolist() == counts
@@ -195,6 +196,16 @@ def test_the_bias_is_saved_and_is_no_parameter() -> None:
     model = shapes.model(shapes.section())
     assert sum(name.endswith("gate.e_score_correction_bias") for name in model.state_dict()) == 2
     assert not any("bias" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("changes", [{}, shapes.GROUPS])
+def test_a_token_is_routed_the_same_in_any_company(rows: int, changes: dict[str, Any]) -> None:
+    section = shapes.section(hidden_size=640, **changes)
+    router, x = a_router(section, "both signs"), hidden(section, 200).bfloat16()
+    alone, whole = router(x[50 : 50 + rows], 1), router(x, 1)
+    assert torch.equal(alone.experts, whole.experts[50 : 50 + rows])
+    assert torch.equal(alone.weights, whole.weights[50 : 50 + rows])
 
 
 def test_bf16_input_is_routed_in_float32() -> None:

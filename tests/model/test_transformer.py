@@ -1,6 +1,7 @@
 """The whole model: precision arms, documents, replay, initial weights, what FP8 must not break."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import shapes
@@ -53,7 +54,7 @@ def test_a_document_mask_is_running_the_documents_apart(precision: str) -> None:
         whole = model(sequences, document_ids=ids.int())
         draft = model.draft(1, whole.carry, sequences.roll(-1, 1), document_ids=ids)
         for row, bounds in enumerate(borders):
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in pairwise(bounds):
                 alone = model(sequences[row : row + 1, start:end])
                 following = sequences.roll(-1, 1)[row : row + 1, start:end]
                 drafted = model.draft(1, alone.carry, following)

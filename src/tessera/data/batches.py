@@ -2,17 +2,22 @@
 
 An epoch is all documents of a split in a new order, laid one after another; each ends with end of text. Epoch follows
 epoch without a gap, and the stream is cut every L tokens, wherever that falls (section 4.1 of the report: documents are
-packed, nothing is cut off or padded). Sequence p therefore holds the tokens p L .. (p + 1) L of the stream, and its
+packed, nothing is cut off or padded). Sequence s of the stream therefore holds its tokens s L .. (s + 1) L, and the
 targets are one further. In N tokens of an epoch every token is an input once and a target once.
+
+Sequences are drawn in a shuffled order too, within windows of an epoch's length: neighbours in the stream are mostly
+pieces of one document, and a batch of them is a batch of one document.
 
 So the position of a run is one number, the sequences it has consumed. `batch` is a pure function of it: nothing is
 to be saved, a resumed run sees the same batches, and a rank takes its own rows by asking for them.
 
-Held-out text has one pass in one order: the stream ends, the rest of the last sequence is filled with end of text
-whose targets are IGNORED, and position num_sequences is position 0 again.
+Held-out text has one pass in one order, shuffled alike, so that its first batches come from everywhere: the stream
+ends, the rest of its last sequence is filled with end of text whose targets are IGNORED, and position num_sequences is
+position 0 again.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +28,8 @@ from tessera.data.draws import permutation
 from tessera.data.shards import TokenDocuments
 from tessera.ops.chunked_loss import IGNORED
 
-_EPOCHS_KEPT = 2  # a sequence may lie in two
+T = TypeVar("T")
+_KEPT = 2  # a sequence may lie in two epochs, a batch in two windows
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Batches:
         self._seed, self._end_of_text = seed, end_of_text
         self._endless, self._cross_document_attention = endless, cross_document_attention
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._windows: dict[int, NDArray[np.int64]] = {}
 
     @property
     def num_sequences(self) -> int:
@@ -74,7 +81,7 @@ class Batches:
         tokens = np.empty((size, self.sequence_length + 1), dtype=np.int64)
         documents = np.empty((size, self.sequence_length + 1), dtype=np.int32)
         for row in range(size):
-            self._fill(position + row, tokens[row], documents[row])
+            self._fill(self._drawn(position + row), tokens[row], documents[row])
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         if not self._cross_document_attention:
             targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
@@ -82,12 +89,19 @@ class Batches:
         inputs[inputs == IGNORED] = self._end_of_text
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(documents[:, :-1].copy()))
 
-    def _fill(self, position: int, tokens: NDArray[np.int64], documents: NDArray[np.int32]) -> None:
+    def _drawn(self, position: int) -> int:
+        """The sequence of the stream that stands at a position of the shuffled order."""
+        window, place = divmod(position, self.num_sequences)
+        if not self._endless:
+            window = 0
+        if window not in self._windows:
+            order = permutation(self.num_sequences, self._seed, "sequences", window)
+            self._windows = _latest(self._windows, window, order)
+        return window * self.num_sequences + int(self._windows[window][place])
+
+    def _fill(self, sequence: int, tokens: NDArray[np.int64], documents: NDArray[np.int32]) -> None:
         """Write the L + 1 tokens of a sequence, IGNORED behind the end of held-out text, and its document ids."""
-        if self._endless:
-            epoch, offset = divmod(position * self.sequence_length, self.num_tokens)
-        else:
-            epoch, offset = 0, position % self.num_sequences * self.sequence_length
+        epoch, offset = divmod(sequence * self.sequence_length, self.num_tokens)
         order, ends = self._epoch(epoch)
         place, filled, number = int(np.searchsorted(ends, offset, side="right")), 0, 0
         while filled < len(tokens):
@@ -107,9 +121,12 @@ class Batches:
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The documents of an epoch in their order, and where each ends in it; the last few are kept at hand."""
-        if (known := self._epochs.get(epoch)) is not None:
-            return known
-        order = permutation(self._documents.num_documents, self._seed, "order", epoch)
-        made = order, np.cumsum(self._lengths[order])
-        self._epochs = dict([*list(self._epochs.items())[-(_EPOCHS_KEPT - 1) :], (epoch, made)])
-        return made
+        if epoch not in self._epochs:
+            order = permutation(self._documents.num_documents, self._seed, "order", epoch)
+            self._epochs = _latest(self._epochs, epoch, (order, np.cumsum(self._lengths[order])))
+        return self._epochs[epoch]
+
+
+def _latest(kept: dict[int, T], number: int, made: T) -> dict[int, T]:
+    """`kept` with one more, without all but the last few."""
+    return dict([*list(kept.items())[-(_KEPT - 1) :], (number, made)])

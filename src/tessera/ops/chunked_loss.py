@@ -26,37 +26,41 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> Tensor:
         operand = weight.to(hidden.dtype)
-        wide = operand.float()
+        transposed = operand.float().t()
         loss = hidden.new_zeros((), dtype=torch.float64)
-        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
-        dweight = torch.zeros_like(weight) if needs_gradient else None
+        dhidden = torch.empty_like(hidden, dtype=torch.float32) if keep else None
+        dweight = torch.zeros_like(weight) if keep else None
+        # Two strips that all chunks reuse: fresh ones of this size cost a CPU more in page faults than their contents.
+        strips = torch.empty(2, min(CHUNK_TOKENS, hidden.shape[0]), weight.shape[0], device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             x, target = hidden[rows].float(), targets[rows]
-            logits = matmul_rows(x, wide.t())
-            keep = target != IGNORED
+            logits, probability = strips[:, : x.shape[0]]
+            torch.mm(x, transposed, out=logits)
+            counted = target != IGNORED
             index = target.clamp(min=0)[:, None]
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            token_loss = (log_normaliser - logits.gather(1, index)).squeeze(1)
-            loss += torch.where(keep, token_loss, 0.0).sum(dtype=torch.float64)
+            largest, own = logits.amax(dim=-1), logits.gather(1, index).squeeze(1)
+            torch.softmax(logits, dim=-1, out=probability)
+            # The largest logit's probability is 1 / sum(exp(logit - largest)), at least 1 / V.
+            token_loss = largest - probability.amax(dim=-1).log() - own
+            loss += torch.where(counted, token_loss, 0.0).sum(dtype=torch.float64)
             if dhidden is None or dweight is None:
                 continue
-            d = logits.sub_(log_normaliser).exp_()
-            d.scatter_add_(1, index, torch.full_like(index, -1, dtype=d.dtype))
-            d = (d * keep[:, None]).to(hidden.dtype)
+            probability.scatter_add_(1, index, probability.new_full(index.shape, -1.0))
+            d = probability.mul_(counted[:, None]).to(hidden.dtype)
             dhidden[rows] = d @ operand
-            dweight.addmm_(d.float().t(), x)
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.dtype = hidden.dtype
+            dweight.addmm_(probability.copy_(d).t(), x)
+        if keep:
+            ctx.save_for_backward(dhidden, dweight)
+            ctx.dtype = hidden.dtype
         return loss.float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return (dhidden * gradient).to(ctx.dtype), dweight * gradient, None
+        return (dhidden * gradient).to(ctx.dtype), dweight * gradient, None, None
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -64,4 +68,5 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Targets equal to IGNORED take no part. float32 scalar; tokens are added in float64.
     """
-    return _ChunkedLoss.apply(hidden, weight, targets)
+    loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+    return loss

@@ -49,6 +49,7 @@ class _ExpertMlp(torch.autograd.Function):
         slots: Slots,
         experts: Experts,
         dispatcher: Dispatcher,
+        keep: bool,
         gate_up_parameter: Tensor,
         down_parameter: Tensor,
     ) -> Tensor:
@@ -59,22 +60,15 @@ class _ExpertMlp(torch.autograd.Function):
         weights = routing_weights.flatten()[slots.choice]
         product = down.input(activate(gate_up, weights))
         y = gemm.fprop(product, experts.down.operand(), down.precision.accumulation, dtype, slots.offsets)
-        ctx.experts, ctx.dispatcher, ctx.dtype = experts, dispatcher, x.dtype
-        ctx.routing_shape = routing_weights.shape
-        save(
-            ctx,
-            operand,
-            up.gate_up_cache(gate_up, experts.intermediate),
-            weights,
-            slots.token,
-            slots.choice,
-            slots.position,
-            slots.offsets,
-        )
+        if keep:
+            ctx.experts, ctx.dispatcher, ctx.dtype = experts, dispatcher, x.dtype
+            ctx.routing_shape = routing_weights.shape
+            cache = up.gate_up_cache(gate_up, experts.intermediate)
+            save(ctx, operand, cache, weights, slots.token, slots.choice, slots.position, slots.offsets)
         return dispatcher.combine(y, slots, x.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         operand, cache, weights, *indices = load(ctx)
         slots, experts, dispatcher = Slots(*indices), ctx.experts, ctx.dispatcher
         up, down = experts.gate_up.role, experts.down.role
@@ -93,8 +87,7 @@ class _ExpertMlp(torch.autograd.Function):
             down.gradient_columns(values, offsets=offsets), product_columns, down.precision.accumulation, offsets
         )
 
-        dgate_up, dweights = activate_backward(d, gate_up, weights)
-        dgate_up = dgate_up.to(dtype)
+        dgate_up, dweights = activate_backward(d, gate_up, weights, dtype)
         rows, columns = up.gradient(dgate_up, column_segment=experts.intermediate, offsets=offsets)
         dx = gemm.dgrad(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, offsets)
         x_columns = up.input_columns(dispatcher.dispatch(operand, slots), offsets)
@@ -105,10 +98,7 @@ class _ExpertMlp(torch.autograd.Function):
         return (
             dx.to(ctx.dtype),
             dweights[slots.position].view(ctx.routing_shape),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
             dgate_up_weight.view_as(experts.gate_up.parameter),
             ddown.view_as(experts.down.parameter),
         )
@@ -124,13 +114,7 @@ def expert_mlp(
 ) -> Tensor:
     """x [T, H] with its fprop operand, expert_ids int64 [T, k], routing_weights float32 [T, k] -> [T, H]."""
     slots = dispatcher.plan(expert_ids, experts.num_experts)
-    return _ExpertMlp.apply(
-        x,
-        routing_weights,
-        operand,
-        slots,
-        experts,
-        dispatcher,
-        experts.gate_up.parameter,
-        experts.down.parameter,
-    )
+    keep = torch.is_grad_enabled()
+    parameters = experts.gate_up.parameter, experts.down.parameter
+    y: Tensor = _ExpertMlp.apply(x, routing_weights, operand, slots, experts, dispatcher, keep, *parameters)
+    return y

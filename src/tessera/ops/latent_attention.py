@@ -2,15 +2,20 @@
 
 q_h = [q_nope; rope(q_rope)], k_h = [k_nope; rope(k_rope)] with one k_rope for all heads, causal softmax in FP32 over
 BF16 operands, o = concat_h(P_h v_h) W_o^T (DeepSeek-V3 report, section 2.1.1). The rotation works on interleaved
-pairs, as the published checkpoint has them.
+pairs, as the published checkpoint has them: a pair is a complex number.
+
+The core takes queries strip by strip, each against the keys up to its end only: little work above the diagonal, and
+memory for one strip of scores. Operands are rounded to the activation dtype and multiplied in FP32; values keep their
+own width. On a CPU this takes as long as torch's flash kernel at equal widths, which it does not need; it is also the
+plain formula on every other device.
 
 Kept for backward: the parts as the linears made them, the softmax's log-sum-exp, and the attention output in the
 output projection's own cache format (E5M6 when it is FP8): decoded, it serves both the softmax's backward and wgrad.
 
-On a CPU the core is torch's flash kernel in FP32 on operands rounded to the activation dtype, v padded to the query's
-width (unequal widths would fall to the quadratic path); elsewhere it is the formula itself.
+Shapes: B sequences of L positions, T = B * L, D = nope + rope.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +23,11 @@ import torch
 from torch import Tensor
 
 from tessera.numerics import gemm
-from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops.saved import load, save
+
+QUERY_BLOCK = 64  # queries a strip of scores; larger strips waste more above the diagonal
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,10 @@ class AttentionShape:
     softmax_scale: float
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate interleaved pairs: x [..., L, R] float32 by cosine, sine [L or B x 1 x L, R / 2]. Inverse: -sine."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn interleaved pairs: x [..., R] float32 by rotation complex64 [..., R / 2]. The transpose: its conjugate."""
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 class _LatentAttention(torch.autograd.Function):
@@ -50,150 +56,161 @@ class _LatentAttention(torch.autograd.Function):
         q: Tensor,
         kv: Tensor,
         k_rope: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        rotation: Tensor,
         mask: Tensor | None,
         shape: AttentionShape,
         output: Weight,
+        keep: bool,
         parameter: Tensor,
     ) -> Tensor:
         role = output.role
-        queries, keys, values = _assemble(q, kv, k_rope, cosine, sine, shape)
-        out, log_sum_exp = _core(queries, keys, values, mask, shape)
-        out = out[..., : shape.value].transpose(1, 2).flatten(2).flatten(0, 1).to(q.dtype)
+        queries, keys, values = _assemble(q, kv, k_rope, rotation, shape)
+        out, log_sum_exp = _attend(queries, keys, values, mask, shape)
+        out = _rows(out, shape).to(q.dtype)
         operand = role.input(out)
-        ctx.shape, ctx.output = shape, output
-        save(ctx, q, kv, k_rope, cosine, sine, mask, log_sum_exp, role.input_cache(out, operand))
+        if keep:
+            ctx.shape, ctx.output = shape, output
+            save(ctx, q, kv, k_rope, rotation, mask, log_sum_exp, role.input_cache(out, operand))
         return gemm.fprop(
             operand, output.operand(), role.precision.accumulation, role.precision.activation_dtype
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        q, kv, k_rope, cosine, sine, mask, log_sum_exp, cached = load(ctx)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        q, kv, k_rope, rotation, mask, log_sum_exp, cached = load(ctx)
         shape, output = ctx.shape, ctx.output
         p = output.role.precision
-        dy = dy.contiguous()
-        rows, columns = output.role.gradient(dy)
-        dw = gemm.wgrad(columns, output.role.input_columns(cached), p.accumulation)
-        dout = gemm.dgrad(rows, output.operand(), p.accumulation, p.activation_dtype)
+        out = cached.decode() if isinstance(cached, TiledTensor) else cached.float()
+        rows, columns = output.role.gradient(dy.contiguous())
+        dw = gemm.wgrad(columns, output.role.input_columns(out), p.accumulation)
+        dout = gemm.dgrad(rows, output.operand(), p.accumulation, p.activation_dtype).float()
 
-        queries, keys, values = _assemble(q, kv, k_rope, cosine, sine, shape)
-        width = shape.nope + shape.rope
-        dq, dk, dv = _core_backward(
-            _heads(dout.float(), shape, width),
-            queries,
-            keys,
-            values,
-            _heads(_decoded(cached), shape, width),
+        delta = (dout * out).view(shape.batch, shape.length, shape.heads, shape.value).sum(dim=-1)
+        dq, dk, dv = _attend_backward(
+            _heads(dout, shape),
+            delta.transpose(1, 2).flatten(0, 1),
+            *_assemble(q, kv, k_rope, rotation, shape),
             log_sum_exp,
             mask,
             shape,
         )
-        dq[..., shape.nope :] = rotate(dq[..., shape.nope :], cosine, -sine)
-        dk_rope = rotate(dk[..., shape.nope :].sum(dim=1), cosine.flatten(0, -3), -sine.flatten(0, -3))
-        dkv = torch.cat([dk[..., : shape.nope], dv[..., : shape.value]], dim=-1)
-        return (
-            _rows(dq).to(q.dtype),
-            _rows(dkv).to(kv.dtype),
-            dk_rope.flatten(0, 1).to(k_rope.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-            dw.view_as(output.parameter),
-        )
+        return (*_disassemble(dq, dk, dv, rotation, shape, q.dtype), *[None] * 5, dw.view_as(output.parameter))
 
 
 def latent_attention(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
+    rotation: Tensor,
     mask: Tensor | None,
     shape: AttentionShape,
     output: Weight,
 ) -> Tensor:
     """q [T, heads * (nope + rope)], kv [T, heads * (nope + value)], k_rope [T, rope] -> [T, H]; T = batch * length.
 
-    cosine, sine float32 [L, rope / 2] or [B, 1, L, rope / 2]; mask float32 [B, 1, L, L], added to the scores
-    (it must contain the causal part), or None for plain causal attention.
+    rotation complex64 [1 or B, L, rope / 2]; mask float32 [B, 1, L, L], added to the scores, 0 or -inf (it must
+    contain the causal part and leave each query a key), or None for plain causal attention.
     """
-    return _LatentAttention.apply(q, kv, k_rope, cosine, sine, mask, shape, output, output.parameter)
+    keep = torch.is_grad_enabled()
+    y: Tensor = _LatentAttention.apply(q, kv, k_rope, rotation, mask, shape, output, keep, output.parameter)
+    return y
 
 
 def _assemble(
-    q: Tensor, kv: Tensor, k_rope: Tensor, cosine: Tensor, sine: Tensor, s: AttentionShape
+    q: Tensor, kv: Tensor, k_rope: Tensor, rotation: Tensor, s: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts -> queries, keys, values [B, heads, L, nope + rope] float32, rounded to the parts' dtype; v zero-padded."""
-    width = s.nope + s.rope
-    queries = q.float().view(s.batch, s.length, s.heads, width).transpose(1, 2)
-    q_rope = rotate(queries[..., s.nope :], cosine, sine).to(q.dtype).float()
-    k = rotate(k_rope.float().view(s.batch, 1, s.length, s.rope), cosine, sine).to(q.dtype).float()
-    parts = kv.float().view(s.batch, s.length, s.heads, s.nope + s.value).transpose(1, 2)
-    keys = torch.cat([parts[..., : s.nope], k.expand(-1, s.heads, -1, -1)], dim=-1)
-    values = torch.nn.functional.pad(parts[..., s.nope :], (0, max(0, width - s.value)))
-    return torch.cat([queries[..., : s.nope], q_rope], dim=-1), keys, values.contiguous()
+    """Parts -> queries, keys [B * heads, L, D], values [B * heads, L, value]: float32, of the parts' precision."""
+    dtype = q.dtype
+    q = q.view(s.batch, s.length, s.heads, s.nope + s.rope)
+    kv = kv.view(s.batch, s.length, s.heads, s.nope + s.value)
+    queries = torch.empty(s.batch, s.heads, s.length, s.nope + s.rope, device=q.device)
+    keys, values = torch.empty_like(queries), queries.new_empty(s.batch, s.heads, s.length, s.value)
+    queries[..., : s.nope] = q[..., : s.nope].transpose(1, 2)
+    keys[..., : s.nope] = kv[..., : s.nope].transpose(1, 2)
+    values.copy_(kv[..., s.nope :].transpose(1, 2))
+    q_rotated = rotate(q[..., s.nope :].float(), rotation[:, :, None])
+    k_rotated = rotate(k_rope.float().view(s.batch, s.length, s.rope), rotation)
+    queries[..., s.nope :] = q_rotated.to(dtype).transpose(1, 2)
+    keys[..., s.nope :] = k_rotated.to(dtype)[:, None]
+    return queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
 
 
-def _core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, s: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Causal attention -> (out [B, heads, L, width], log-sum-exp of the scaled scores [B, heads, L])."""
-    if _flash(q, v):
-        out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=s.softmax_scale
-        )
-        return out, log_sum_exp
-    scores = _scores(q, k, mask, s)
-    log_sum_exp = scores.logsumexp(dim=-1)
-    return torch.exp(scores - log_sum_exp[..., None]) @ v, log_sum_exp
+def _disassemble(
+    dq: Tensor, dk: Tensor, dv: Tensor, rotation: Tensor, s: AttentionShape, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The transpose of `_assemble`: gradients of the parts, in `dtype`."""
+    back = rotation.conj()
+    dq, dk, dv = (x.unflatten(0, (s.batch, s.heads)).transpose(1, 2) for x in (dq, dk, dv))
+    q = torch.empty(dq.shape, dtype=dtype, device=dq.device)
+    kv = q.new_empty(s.batch, s.length, s.heads, s.nope + s.value)
+    q[..., : s.nope], q[..., s.nope :] = dq[..., : s.nope], rotate(dq[..., s.nope :], back[:, :, None])
+    kv[..., : s.nope], kv[..., s.nope :] = dk[..., : s.nope], dv
+    k_rope = rotate(dk[..., s.nope :].sum(dim=2), back).to(dtype)
+    return q.flatten(2).flatten(0, 1), kv.flatten(2).flatten(0, 1), k_rope.flatten(0, 1)
 
 
-def _core_backward(
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, s: AttentionShape) -> tuple[Tensor, Tensor]:
+    """-> (out [B * heads, L, value], log-sum-exp of the scaled scores [B * heads, L])."""
+    out = v.new_empty(q.shape[0], s.length, s.value)
+    log_sum_exp = v.new_empty(q.shape[0], s.length)
+    q = q * s.softmax_scale
+    for start, end in _strips(s.length):
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+        _exclude(scores, start, end, mask, s)
+        largest = scores.amax(dim=-1)
+        probability = torch.softmax(scores, dim=-1)
+        # The largest score's probability is 1 / sum(exp(score - largest)), at least 1 / L.
+        log_sum_exp[:, start:end] = largest - probability.amax(dim=-1).log()
+        out[:, start:end] = torch.bmm(probability, v[:, :end])
+    return out, log_sum_exp
+
+
+def _attend_backward(
     dout: Tensor,
+    delta: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     log_sum_exp: Tensor,
     mask: Tensor | None,
     s: AttentionShape,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, values; `out` is the cached attention output."""
-    if _flash(q, v):
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, log_sum_exp, 0.0, mask is None, attn_mask=mask, scale=s.softmax_scale
-        )
-        return dq, dk, dv
-    p = torch.exp(_scores(q, k, mask, s) - log_sum_exp[..., None])
-    dv = p.transpose(-1, -2) @ dout
-    ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(dim=-1, keepdim=True)) * s.softmax_scale
-    return ds @ k, ds.transpose(-1, -2) @ q, dv
+    """Gradients of queries, keys and values; delta [B * heads, L] = sum of dout * out over a head's width."""
+    q = q * s.softmax_scale
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for start, end in _strips(s.length):
+        rows = slice(start, end)
+        offset = log_sum_exp[:, rows, None].neg().expand(-1, -1, end)
+        scores = torch.baddbmm(offset, q[:, rows], k[:, :end].transpose(1, 2))
+        _exclude(scores, start, end, mask, s)
+        probability = scores.exp_()
+        dv[:, :end].baddbmm_(probability.transpose(1, 2), dout[:, rows])
+        offset = delta[:, rows, None].neg().expand(-1, -1, end)
+        dscores = torch.baddbmm(offset, dout[:, rows], v[:, :end].transpose(1, 2)).mul_(probability)
+        dq[:, rows] = torch.bmm(dscores, k[:, :end])
+        dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, rows])
+    return dq.mul_(s.softmax_scale), dk, dv
 
 
-def _flash(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+def _strips(length: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, QUERY_BLOCK):
+        yield start, min(start + QUERY_BLOCK, length)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, s: AttentionShape) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * s.softmax_scale
-    if mask is None:
-        future = torch.ones(s.length, s.length, dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(future, -torch.inf)
-    return scores + mask
+def _exclude(scores: Tensor, start: int, end: int, mask: Tensor | None, s: AttentionShape) -> None:
+    """Add -inf where queries start .. end must not look; scores [B * heads, end - start, end], in place."""
+    if mask is not None:
+        scores.unflatten(0, (s.batch, s.heads)).add_(mask[:, :, start:end, :end])
+        return
+    square = scores[:, :, start:]
+    square += torch.full(square.shape[1:], -torch.inf, device=scores.device).triu_(1)
 
 
-def _decoded(operand: Operand) -> Tensor:
-    return operand.decode() if isinstance(operand, TiledTensor) else operand.float()
+def _heads(x: Tensor, s: AttentionShape) -> Tensor:
+    """[T, heads * value] -> [B * heads, L, value]."""
+    return x.view(s.batch, s.length, s.heads, s.value).transpose(1, 2).flatten(0, 1)
 
 
-def _heads(x: Tensor, s: AttentionShape, width: int) -> Tensor:
-    """[T, heads * value] -> [B, heads, L, max(width, value)], zero-padded."""
-    x = x.view(s.batch, s.length, s.heads, s.value).transpose(1, 2)
-    return torch.nn.functional.pad(x, (0, max(0, width - s.value))).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, heads, L, D] -> [T, heads * D]."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+def _rows(x: Tensor, s: AttentionShape) -> Tensor:
+    """Inverse of `_heads`."""
+    return x.unflatten(0, (s.batch, s.heads)).transpose(1, 2).flatten(2).flatten(0, 1)

@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         return tuple(_fprop(operand, w) for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         (operand,) = load(ctx)
         dx, dws = _backward(ctx.weights, operand, dys)
         return dx.to(ctx.dtype), None, None, *dws
@@ -49,7 +49,7 @@ class _NormedLinear(torch.autograd.Function):
         return tuple(_fprop(operand, w) for w in weights)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         x, gamma, inverse_rms, operand = load(ctx)
         dy, dws = _backward(ctx.weights, operand, dys)
         dx, dgamma = normalise_backward(dy, x, gamma, inverse_rms)

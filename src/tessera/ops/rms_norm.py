@@ -21,9 +21,10 @@ def normalise(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 def normalise_backward(dy: Tensor, x: Tensor, gamma: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     """dy [T, H] float32 -> (dx [T, H] in x's dtype, dgamma [H] float32)."""
     unit = x.float() * inverse_rms
-    dgamma = (dy * unit).sum(dim=0)
-    dunit = dy * gamma
-    dx = (dunit - unit * (dunit * unit).mean(dim=-1, keepdim=True)) * inverse_rms
+    product = dy * unit
+    dgamma = product.sum(dim=0)
+    along_x = torch.mv(product, gamma).div_(x.shape[1])[:, None]  # mean of gamma * dy * unit over the row
+    dx = (dy * gamma).addcmul_(unit, along_x, value=-1).mul_(inverse_rms)
     return dx.to(x.dtype), dgamma
 
 
@@ -35,7 +36,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gamma, inverse_rms = ctx.saved_tensors
         return *normalise_backward(dy.float(), x, gamma, inverse_rms), None
 

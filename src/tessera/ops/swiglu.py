@@ -20,25 +20,31 @@ from tessera.ops.saved import load, save
 def activate(gate_up: Tensor, weight: Tensor | None) -> Tensor:
     """gate_up [S, 2 I], weight [S] float32 or None -> silu(gate) * up * weight, float32 [S, I]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    product = torch.nn.functional.silu(gate) * up
-    return product if weight is None else product * weight[:, None]
+    product = torch.nn.functional.silu(gate).mul_(up)
+    return product if weight is None else product.mul_(weight[:, None])
 
 
-def activate_backward(d: Tensor, gate_up: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """d [S, I], gate_up [S, 2 I] float32 -> (d gate_up [S, 2 I] float32, d weight [S] float32 or None)."""
+def activate_backward(
+    d: Tensor, gate_up: Tensor, weight: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """d [S, I], gate_up [S, 2 I] float32 -> (d gate_up [S, 2 I] in `dtype`, d weight [S] float32 or None)."""
     gate, up = gate_up.chunk(2, dim=-1)
     d = d.float()
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
+    silu = torch.nn.functional.silu(gate)
     dweight = None
     if weight is not None:
-        dweight = (d * silu * up).sum(dim=-1)
+        dweight = (d * silu).mul_(up).sum(dim=-1)
         d = d * weight[:, None]
-    dgate = d * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([dgate, d * silu], dim=-1), dweight
+    dgate_up = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    dgate.copy_(torch.ops.aten.silu_backward(d * up, gate))
+    dup.copy_(silu.mul_(d))
+    return dgate_up, dweight
 
 
-def down_operands(gate_up: Operand, weight: Tensor | None, role: Role, offsets: Tensor | None) -> tuple[Operand, Tensor]:
+def down_operands(
+    gate_up: Operand, weight: Tensor | None, role: Role, offsets: Tensor | None
+) -> tuple[Operand, Tensor]:
     """Cached SwiGLU input -> (wgrad operand of the down projection, decoded gate_up float32 [S, 2 I])."""
     values = gate_up.decode() if isinstance(gate_up, TiledTensor) else gate_up.float()
     return role.input_columns(activate(values, weight), offsets), values
@@ -46,15 +52,18 @@ def down_operands(gate_up: Operand, weight: Tensor | None, role: Role, offsets: 
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, parameter: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, keep: bool, parameter: Tensor
+    ) -> Tensor:
         p = down.role.precision
         operand = down.role.input(activate(gate_up, None))
-        ctx.down, ctx.dtype = down, gate_up.dtype
-        save(ctx, gate_up_role.gate_up_cache(gate_up, gate_up.shape[1] // 2))
+        if keep:
+            ctx.down, ctx.dtype = down, gate_up.dtype
+            save(ctx, gate_up_role.gate_up_cache(gate_up, gate_up.shape[1] // 2))
         return gemm.fprop(operand, down.operand(), p.accumulation, p.activation_dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
         (cache,) = load(ctx)
         down: Weight = ctx.down
         p = down.role.precision
@@ -63,10 +72,11 @@ class _SwigluLinear(torch.autograd.Function):
         rows, dy_columns = down.role.gradient(dy)
         d = gemm.dgrad(rows, down.operand(), p.accumulation, p.activation_dtype)
         dw = gemm.wgrad(dy_columns, columns, p.accumulation)
-        dgate_up, _ = activate_backward(d, gate_up, None)
-        return dgate_up.to(ctx.dtype), None, None, dw.view_as(down.parameter)
+        dgate_up, _ = activate_backward(d, gate_up, None, ctx.dtype)
+        return dgate_up, None, None, None, dw.view_as(down.parameter)
 
 
 def swiglu_linear(gate_up: Tensor, gate_up_role: Role, down: Weight) -> Tensor:
     """gate_up [T, 2 I] -> [T, H] in the role's activation dtype."""
-    return _SwigluLinear.apply(gate_up, gate_up_role, down, down.parameter)
+    y: Tensor = _SwigluLinear.apply(gate_up, gate_up_role, down, torch.is_grad_enabled(), down.parameter)
+    return y

@@ -1,0 +1,1 @@
+"""Makes `float64` importable (pytest puts a conftest's folder on the path)."""

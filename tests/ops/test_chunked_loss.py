@@ -1,0 +1,80 @@
+"""The head and its loss against float64."""
+
+import float64
+import pytest
+import torch
+from float64 import BF16, normal
+
+from tessera.ops import chunked_loss as module
+from tessera.ops.chunked_loss import IGNORED, chunked_loss, head_logits
+
+
+def case(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.nn.Parameter, torch.Tensor]:
+    hidden = normal(tokens, 40, seed=1).to(dtype).requires_grad_()
+    head = torch.nn.Parameter(normal(300, 40, seed=2, scale=0.3))
+    targets = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(3))
+    targets[::5] = IGNORED
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_loss_and_gradients_are_those_of_float64(tokens: int, dtype: torch.dtype) -> None:
+    hidden, head, targets = case(tokens, dtype)
+    targets[-1] = 7
+    (0.25 * chunked_loss(hidden, head, targets)).backward()
+    h = hidden.detach().double().requires_grad_()
+    w = head.detach().to(dtype).double().requires_grad_()  # the operand is rounded, the gradient passes
+    loss = 0.25 * torch.nn.functional.cross_entropy(h @ w.T, targets, ignore_index=IGNORED, reduction="sum")
+    loss.backward()
+    assert chunked_loss(hidden, head, targets).dtype == torch.float32
+    assert 0.25 * float(chunked_loss(hidden, head, targets).detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    bar = 2e-6 if dtype == torch.float32 else 4e-3
+    assert float64.relative(hidden.grad, h.grad) < bar and float64.relative(head.grad, w.grad) < bar
+    assert head.grad.dtype == torch.float32 and hidden.grad.dtype == dtype
+
+
+def test_ignored_positions_have_no_gradient_and_none_left_is_zero() -> None:
+    hidden, head, targets = case(300)
+    chunked_loss(hidden, head, targets).backward()
+    assert (hidden.grad[::5] == 0).all() and (hidden.grad[1::5] != 0).any(dim=1).all()
+    hidden.grad = head.grad = None
+    loss = chunked_loss(hidden, head, torch.full_like(targets, IGNORED))
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and (head.grad == 0).all() and (hidden.grad == 0).all()
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
+    hidden, head, targets = case(20)
+    hidden = (hidden.detach() * 1e4).requires_grad_()
+    loss = chunked_loss(hidden, head, targets)
+    exact = torch.nn.functional.cross_entropy(
+        hidden.double() @ head.double().T, targets, ignore_index=IGNORED, reduction="sum"
+    )
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_the_chunk_is_no_part_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, targets = case(500)
+    one = chunked_loss(hidden, head, targets).detach()
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 100)
+    assert torch.allclose(one, chunked_loss(hidden, head, targets).detach(), rtol=1e-7)
+
+
+def test_without_gradients_only_the_loss_is_made() -> None:
+    hidden, head, targets = case(300)
+    with torch.no_grad():
+        quiet = chunked_loss(hidden, head, targets)
+    assert torch.equal(quiet, chunked_loss(hidden, head, targets).detach()) and not quiet.requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_a_row_of_logits_depends_on_that_row_alone(rows: int) -> None:
+    hidden, head = normal(64, 640).to(BF16), normal(500, 640)
+    whole = head_logits(hidden, head)
+    assert whole.dtype == torch.float32
+    assert torch.equal(head_logits(hidden[:rows], head), whole[:rows])
+    exact = hidden.double() @ head.to(BF16).double().T
+    assert float64.relative(whole, exact) < 1e-6

@@ -1,0 +1,126 @@
+"""The attention core against the formula in float64, and against autograd of that formula."""
+
+import float64
+import pytest
+import torch
+from float64 import BF16, normal
+from torch import Tensor
+
+from tessera.numerics import RoleKind, Weight
+from tessera.ops import latent_attention as module
+from tessera.ops.latent_attention import AttentionShape, latent_attention
+
+HIDDEN = 40
+
+
+def shape(length: int, nope: int = 9, rope: int = 6, value: int = 11, batch: int = 2, heads: int = 3) -> AttentionShape:
+    return AttentionShape(batch, length, heads, nope, rope, value, softmax_scale=0.37)
+
+
+def parts(s: AttentionShape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    tokens = s.batch * s.length
+    widths = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.value), s.rope)
+    return [normal(tokens, width, seed=i).to(dtype).requires_grad_() for i, width in enumerate(widths)]
+
+
+def rotation(s: AttentionShape, batch: int = 1) -> Tensor:
+    angle = normal(batch, s.length, s.rope // 2, seed=7, scale=3.0)
+    return torch.polar(torch.full_like(angle, 1.1), angle)  # an amplitude other than 1, as YaRN may have
+
+
+def output(s: AttentionShape, precision: str) -> Weight:
+    return float64.weight(HIDDEN, s.heads * s.value, kind=RoleKind.ATTENTION_OUTPUT, precision=precision)
+
+
+def formula(inputs: list[Tensor], turn: Tensor, mask: Tensor | None, s: AttentionShape, w: Tensor) -> Tensor:
+    """Causal attention of the whole square in float64, head by head."""
+    q, kv, k_rope = (x.view(s.batch, s.length, -1) for x in inputs)
+    turn = turn.to(torch.complex128).expand(s.batch, -1, -1)
+
+    def turned(x: Tensor) -> Tensor:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        pairs = [even * turn.real - odd * turn.imag, even * turn.imag + odd * turn.real]
+        return torch.stack(pairs, dim=-1).flatten(-2)
+
+    k_turned, heads = turned(k_rope), []
+    for h in range(s.heads):
+        q_h = q[..., h * (s.nope + s.rope) :][..., : s.nope + s.rope]
+        kv_h = kv[..., h * (s.nope + s.value) :][..., : s.nope + s.value]
+        q_h = torch.cat([q_h[..., : s.nope], turned(q_h[..., s.nope :])], dim=-1)
+        k_h = torch.cat([kv_h[..., : s.nope], k_turned], dim=-1)
+        scores = q_h @ k_h.transpose(1, 2) * s.softmax_scale
+        seen = torch.ones(s.length, s.length, dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if mask is not None:
+            scores = scores + mask[:, 0]
+        heads.append(torch.softmax(scores, dim=-1) @ kv_h[..., s.nope :])
+    return torch.cat(heads, dim=-1).flatten(0, 1) @ w.T
+
+
+def document_mask(s: AttentionShape) -> Tensor:
+    ids = (torch.arange(s.length)[None] // torch.tensor([[5], [70]])).long()
+    allowed = (ids[:, :, None] == ids[:, None]) & torch.ones(s.length, s.length, dtype=torch.bool).tril()
+    return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)[:, None]
+
+
+def compare(s: AttentionShape, *, precision: str = "fp32", mask: Tensor | None = None, batch: int = 1) -> list[float]:
+    """Relative errors of the output and of each gradient, parts then output weight."""
+    dtype = torch.float32 if precision == "fp32" else BF16
+    inputs, turn, w = parts(s, dtype), rotation(s, batch), output(s, precision)
+    y = latent_attention(*inputs, turn, mask, s, w)
+    dy = normal(*y.shape, seed=9).to(dtype)
+    y.backward(dy)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact_w = w.parameter.detach().double().requires_grad_()
+    exact = formula(exact_inputs, turn, mask, s, exact_w)
+    exact.backward(dy.double())
+    pairs = [(y, exact)] + [(x.grad, e.grad) for x, e in zip(inputs, exact_inputs, strict=True)]
+    return [float64.relative(a, b) for a, b in [*pairs, (w.parameter.grad, exact_w.grad)]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+def test_output_and_gradients_are_those_of_the_formula(length: int) -> None:
+    assert max(compare(shape(length))) < 3e-6
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 16), (8, 8, 40), (16, 8, 4), (1, 2, 1)])
+def test_values_may_be_wider_or_narrower_than_queries(widths: tuple[int, int, int]) -> None:
+    nope, rope, value = widths
+    assert max(compare(shape(70, nope, rope, value))) < 3e-6
+
+
+def test_sequences_may_have_positions_of_their_own() -> None:
+    assert max(compare(shape(70), batch=2)) < 3e-6
+
+
+def test_a_mask_is_added_to_the_scores() -> None:
+    s = shape(150)
+    assert max(compare(s, mask=document_mask(s))) < 3e-6
+
+
+@pytest.mark.parametrize("precision, bar", [("bf16", 0.02), ("fp8", 0.12)])
+def test_narrow_formats_stay_close_to_the_formula(precision: str, bar: float) -> None:
+    assert max(compare(shape(150, nope=32, rope=16, value=32), precision=precision)) < bar
+
+
+def test_scores_of_any_size_are_safe() -> None:
+    s = shape(80)
+    inputs = [x.detach() * 300 for x in parts(s)]
+    for x in inputs:
+        x.requires_grad_()
+    latent_attention(*inputs, rotation(s), None, s, output(s, "fp32")).sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+def test_the_strip_is_no_part_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = shape(150)
+    errors = []
+    for block in (64, 150, 1, 37):
+        monkeypatch.setattr(module, "QUERY_BLOCK", block)
+        errors.append(max(compare(s)))
+    assert max(errors) < 3e-6
+
+
+def test_a_key_of_the_future_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_exclude", lambda *arguments: None)
+    assert compare(shape(65))[0] > 1e-2

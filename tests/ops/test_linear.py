@@ -1,0 +1,92 @@
+"""Norms, plain, normed and unquantised linears, SwiGLU: against float64, and row by row."""
+
+import float64
+import pytest
+import torch
+from float64 import BF16, normal
+from torch import Tensor
+
+from tessera.numerics import RoleKind, Weight
+from tessera.ops.dense_linear import dense_linear
+from tessera.ops.linear import linear, normed_linear
+from tessera.ops.rms_norm import rms_norm
+from tessera.ops.swiglu import swiglu_linear
+
+ROWS = (1, 2, 3, 16, 64)
+ARMS = [("fp32", torch.float32, 3e-6), ("bf16", BF16, 0.02), ("fp8", BF16, 0.12)]
+
+
+def exact_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * gamma
+
+
+def errors(y: Tensor, exact: Tensor, leaves: list[Tensor], exact_leaves: list[Tensor]) -> list[float]:
+    """Backward with the same random gradient on both sides; relative errors of output and gradients."""
+    dy = normal(*y.shape, seed=9).to(y.dtype)
+    y.backward(dy)
+    exact.backward(dy.double())
+    pairs = [(y, exact), *((a.grad, b.grad) for a, b in zip(leaves, exact_leaves, strict=True))]
+    return [float64.relative(a, b) for a, b in pairs]
+
+
+def twins(*leaves: Tensor) -> list[Tensor]:
+    return [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-6), (BF16, 5e-3)])
+def test_rms_norm_and_its_gradients(dtype: torch.dtype, bar: float) -> None:
+    x, gamma = (3 * normal(50, 40)).to(dtype).requires_grad_(), (1 + normal(40, seed=1)).requires_grad_()
+    e = twins(x, gamma)
+    assert max(errors(rms_norm(x, gamma, 0.1), exact_norm(*e, 0.1), [x, gamma], e)) < bar
+
+
+@pytest.mark.parametrize("precision, dtype, bar", ARMS)
+def test_normed_linears_on_one_input_add_up_their_gradients(precision: str, dtype: torch.dtype, bar: float) -> None:
+    x, gamma = normal(140, 136).to(dtype).requires_grad_(), (1 + 0.2 * normal(136, seed=1)).requires_grad_()
+    one, other = (float64.weight(n, 136, precision=precision, seed=n) for n in (40, 264))
+    e = twins(x, gamma, one.parameter, other.parameter)
+    y = torch.cat(normed_linear(x, gamma, 1e-3, one, other), dim=-1)
+    unit = exact_norm(e[0], e[1], 1e-3)
+    exact = torch.cat([unit @ e[2].T, unit @ e[3].T], dim=-1)
+    assert max(errors(y, exact, [x, gamma, one.parameter, other.parameter], e)) < bar
+
+
+@pytest.mark.parametrize("precision, dtype, bar", ARMS)
+def test_linear_and_swiglu_linear(precision: str, dtype: torch.dtype, bar: float) -> None:
+    x = normal(140, 136).to(dtype).requires_grad_()
+    up = float64.weight(2 * 200, 136, precision=precision, row_segment=200, kind=RoleKind.EXPERT_GATE_UP)
+    down = float64.weight(136, 200, precision=precision, seed=1)
+    e = twins(x, up.parameter, down.parameter)
+    y = swiglu_linear(linear(x, up.role.input(x.detach()), up), up.role, down)
+    gate, value = (e[0] @ e[1].T).chunk(2, dim=-1)
+    exact = (torch.nn.functional.silu(gate) * value) @ e[2].T
+    assert max(errors(y, exact, [x, up.parameter, down.parameter], e)) < bar
+
+
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-6), (BF16, 1e-2)])
+def test_an_unquantised_linear_rounds_its_operands_only(dtype: torch.dtype, bar: float) -> None:
+    x, w = normal(70, 136).to(BF16).requires_grad_(), torch.nn.Parameter(normal(40, 136, seed=1))
+    e = [x.detach().double().requires_grad_(), w.detach().to(dtype).double().requires_grad_()]
+    y = dense_linear(x, w, dtype)
+    assert y.dtype == dtype and max(errors(y, e[0] @ e[1].T, [x, w], e)[::2]) < bar
+    assert w.grad.dtype == torch.float32 and x.grad.dtype == BF16
+    assert float64.relative(x.grad, e[0].grad) < 1e-2
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
+def test_a_row_depends_on_that_row_alone(rows: int, precision: str) -> None:
+    dtype = torch.float32 if precision == "fp32" else BF16
+    x, gamma = normal(200, 640).to(dtype), 1 + normal(640, seed=1)
+    w, up = (float64.weight(n, 640, precision=precision, row_segment=s) for n, s in ((72, 0), (528, 264)))
+    down, router = float64.weight(640, 264, precision=precision), normal(9, 640, seed=2)
+
+    def run(x: Tensor) -> list[Tensor]:
+        def one(w: Weight) -> Tensor:
+            return normed_linear(x, gamma, 1e-6, w)[0]
+
+        gated = swiglu_linear(linear(x, up.role.input(x), up), up.role, down)
+        return [one(w), gated, rms_norm(x, gamma, 1e-6), dense_linear(x, router, torch.float32)]
+
+    for part, whole in zip(run(x[:rows]), run(x), strict=True):
+        assert torch.equal(part, whole[:rows])
