@@ -74,7 +74,7 @@ function drawDifference() {
     return;
   }
   const series = [], bands = [];
-  if (found.band.low) {
+  if (found.band.low?.some(isNumber)) {
     series.push({ label: "controls", values: found.band.high, colour: "control", bare: true, shape: "area" });
     series.push({ label: "controls", values: found.band.low, colour: "control", bare: true, quiet: true });
     bands.push({ upper: 0, lower: 1, fill: colour("band") });
@@ -82,22 +82,28 @@ function drawDifference() {
   for (const arm of trained) {
     const drawn = found.arms[arm.name];
     if (!drawn) continue;
-    series.push({ label: `${arm.label}, 50-step windows`, values: drawn.windows, colour: armColour(arm), width: 2.4 });
-    series.push({ label: `${arm.label}, each step`, values: drawn.points, colour: armColour(arm), width: 1, alpha: 0.3 });
+    const windows = drawn.windows.some(isNumber);
+    if (windows) {
+      series.push({ label: `${arm.label}, 50-step windows`, values: drawn.windows, colour: armColour(arm), width: 2.4 });
+    }
+    series.push({ label: `${arm.label}, each step`, values: drawn.points, colour: armColour(arm),
+      width: windows ? 1 : 1.5, alpha: windows ? 0.3 : 1 });
   }
   const guides = [{ value: 0, solid: true }, { value: found.bar, text: `bar ±${trimmed(percent(found.bar))}` }, { value: -found.bar }];
   lineChart(host, { x: report.steps, series, bands, height: 220, format: signedPercent, guides, shadeFrom: found.judged_from,
     axisFormat: (v) => `${fixed(100 * v, Math.abs(v) < 0.1 ? 1 : 0)}\u202f%`, range: () => differenceRange(found) });
   const windows = Object.values(found.arms).some((arm) => arm.windows.some(isNumber));
   byId("difference-note").textContent = (windows ? "The verdict looks at the windows in the shaded second half. "
-    : "The run is shorter than one window of 50 steps. ") +
+    : "The runs have no whole window of 50 steps in common. ") +
     (found.controls ? "" : "Without control runs nobody can say how much of this is chance.");
 }
 
-/* The windows, the band and the bar fit; single steps may be cut off. */
+/* The windows, the band and the bar fit, or nine in ten of the steps where there is no window; the rest may be cut off. */
 function differenceRange(found) {
-  const shown = [...Object.values(found.arms).flatMap((arm) => arm.windows), ...(found.band.low ?? []), ...(found.band.high ?? [])];
-  const largest = shown.filter(isNumber).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  const arms = Object.values(found.arms);
+  const windows = [...arms.flatMap((arm) => arm.windows), ...(found.band.low ?? []), ...(found.band.high ?? [])].filter(isNumber);
+  const sizes = (windows.length ? windows : arms.flatMap((arm) => arm.points).filter(isNumber)).map(Math.abs);
+  const largest = sizes.sort((a, b) => a - b)[Math.ceil(sizes.length * (windows.length ? 1 : 0.9)) - 1] ?? 0;
   const reach = Math.max(found.bar * 1.4, largest * 1.15);
   return [-reach, reach];
 }

@@ -74,7 +74,7 @@ function drawExperts() {
     if (!down) return keys(event);
     event.preventDefault();
     const expert = Math.max(0, Math.min(layer.experts - 1, Math.round(plot.posToVal(Math.max(0, plot.cursor.top), "y")) + down));
-    plot.setCursor({ left: Math.max(0, plot.cursor.left), top: plot.valToPos(expert, "y") });
+    showCursor(plot, Math.max(0, plot.cursor.left), plot.valToPos(expert, "y"));
   };
   readLoad(plot, layer, steps);
   drawBias(layer, steps, [edges[0], edges.at(-1)]);

@@ -1,9 +1,10 @@
 """What FP8 did to each tensor, over time, and which tensors stand out.
 
-A tensor's name ends with its operand (`input`, `weight`, `gradient_rows`, ...); operands of one kind have the same
+A tensor's name ends with its operand (`input`, `weight`, `gradient_rows`, ...). Operands of one kind have the same
 format and tiles, so they are each other's yardstick: a tensor stands out when a figure of its last measurement is
-some factor above the median of its kind and above a floor below which nobody need care. Non-finite elements stand
-out always.
+some factor above the median of its kind and above a floor below which nobody need care. Operands made from codes
+(those that report "rounded twice") are a kind apart: their error is that of the second rounding alone, mostly none.
+Non-finite elements stand out always.
 """
 
 from typing import Any
@@ -43,7 +44,11 @@ def table(history: History, max_numbers: int = MAX_NUMBERS) -> dict[str, Any] | 
     latest = _latest(values)
     nonfinite = np.nansum(_field(values, "nonfinite"), axis=1)
     operands = [name.rpartition(".")[2] for name in names]
-    flags = _flags(latest, operands)
+    kinds = [
+        operand + " from codes" * bool(np.isfinite(again))
+        for operand, again in zip(operands, _field(latest, "rounded_twice"), strict=True)
+    ]
+    flags = _flags(latest, np.array(kinds))
     return {
         "steps": [steps[min(start + size, len(steps)) - 1] for start in starts],
         "grouped": size,
@@ -94,10 +99,9 @@ def _latest(values: Array) -> Array:
     return values[np.arange(len(values)), last]
 
 
-def _flags(latest: Array, operands: list[str]) -> list[list[str]]:
+def _flags(latest: Array, kinds: NDArray[np.str_]) -> list[list[str]]:
     """Names of the figures with which each tensor stands out."""
-    kinds: NDArray[np.str_] = np.array(operands)
-    flags: list[list[str]] = [[] for _ in operands]
+    flags: list[list[str]] = [[] for _ in kinds]
     for field, (factor, floor) in OUTLIERS.items():
         column = _field(latest, field)
         for kind in np.unique(kinds):

@@ -149,9 +149,12 @@ function moveCursor(event, plot, moved) {
   if (next === undefined || last < 0) return;
   event.preventDefault();
   const index = Math.min(last, Math.max(0, next));
-  plot.setCursor({ left: plot.valToPos(plot.data[0][index], "x"), top: plot.cursor.top >= 0 ? plot.cursor.top : 10 });
+  showCursor(plot, plot.valToPos(plot.data[0][index], "x"), Math.max(plot.cursor.top, 10));
   moved();
 }
+
+/* Move the crosshair as a mouse would: fire the hooks of this chart and tell the others. */
+const showCursor = (plot, left, top) => plot.setCursor({ left, top }, true, true);
 
 function shade(u, { shadeFrom }) {
   if (shadeFrom === undefined) return;

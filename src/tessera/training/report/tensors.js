@@ -104,7 +104,8 @@ function drawHeadings() {
 
 function row(tensor, range) {
   const figure = (field) => {
-    const text = element("span", { textContent: percent(last(tensor[field])) });
+    const value = last(tensor[field]);
+    const text = element("span", { textContent: value > 0 && value < 1e-5 ? "< 0.001\u202f%" : percent(value) });
     const odd = tensor.flags.includes(field) || (field === "relative_rms" && tensor.flags.includes("nonfinite"));
     if (odd) text.className = "out";
     const varies = new Set(tensor[field].filter(isNumber)).size > 1;
