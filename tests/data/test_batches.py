@@ -147,7 +147,7 @@ def test_a_batch_is_no_run_of_neighbours() -> None:
 def test_orders_of_past_epochs_are_not_kept() -> None:
     batches = Batches(documents_of([5, 4, 2]), 4, seed=0, end_of_text=END)
     batches.batch(0, 100)
-    assert len(batches._epochs) == 2
+    assert len(batches._epochs) == len(batches._windows) == 2
 
 
 def test_a_single_document_meets_itself_as_another_document() -> None:

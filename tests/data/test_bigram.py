@@ -48,6 +48,7 @@ EVERY = np.divmod(np.arange(V * V), V)
 
 
 @given(pairs)
+@settings(deadline=None)
 def test_probabilities_are_the_exact_ones_and_sum_to_one(seen: list[tuple[int, int]]) -> None:
     found = counted(seen).probability(*EVERY).reshape(V, V)
     exact = Exact(seen)
@@ -72,6 +73,7 @@ def test_counting_in_any_pieces_gives_the_same_model(seen, sizes, pending) -> No
 
 
 @given(pairs, pairs.filter(lambda p: any(w not in (0, IGNORED) for _, w in p)))
+@settings(deadline=None)
 def test_bits_per_byte_is_the_exact_sum_over_the_bytes(seen, held_out) -> None:
     lengths = np.array([0, 1, 2, 3, 4, 5, 6])
     exact = Exact(seen)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -99,6 +99,7 @@ def test_a_scan_counts_documents_and_bytes(tmp_path) -> None:
 
 
 @given(st.text(min_size=1).filter(lambda t: "\0" not in t and not t.startswith("\ufeff")))
+@settings(deadline=None)
 def test_text_comes_as_it_is_written(tmp_path_factory, text: str) -> None:
     path = write(tmp_path_factory.mktemp("text") / "a.txt", text)
     assert documents(path) == [text]

@@ -1,7 +1,7 @@
 """Choices are the published SplitMix64, and pure functions of their words."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.data.draws import below, choice, draw, mix, permutation, start
@@ -21,6 +21,7 @@ def test_mix_gives_the_published_sequence_of_splitmix64() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 2**80), st.integers(0, 10**15))
+@settings(deadline=None)
 def test_a_permutation_has_every_element_once(size: int, seed: int, epoch: int) -> None:
     order = permutation(size, seed, "order", epoch)
     assert sorted(order.tolist()) == list(range(size))
@@ -38,6 +39,7 @@ def test_words_that_run_together_are_different_choices() -> None:
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.floats(0, 1))
+@settings(deadline=None)
 def test_below_is_exact_at_its_ends_and_grows_with_the_share(numbers: list[int], share: float) -> None:
     draws = np.array(numbers, dtype=np.uint64)
     assert below(draws, 1.0).all() and not below(draws, 0.0).any()
@@ -46,6 +48,7 @@ def test_below_is_exact_at_its_ends_and_grows_with_the_share(numbers: list[int],
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 2**40))
+@settings(deadline=None)
 def test_a_choice_is_one_of_its_options(number: int, options: int) -> None:
     assert 0 <= choice(number, options) < options
     assert choice(2**64 - 1, options) == options - 1 and choice(0, options) == 0

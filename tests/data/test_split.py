@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.data.split import cut_in_two, held_out
@@ -15,6 +15,7 @@ def keys(*values: int) -> np.ndarray:
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=200), fractions, st.integers(0, 2**70))
+@settings(deadline=None)
 def test_neither_side_is_empty_and_copies_stay_together(content: list[int], fraction: float, seed: int) -> None:
     chosen = held_out(keys(*content), fraction, seed)
     assert chosen.any() and not chosen.all()
@@ -26,6 +27,7 @@ def test_neither_side_is_empty_and_copies_stay_together(content: list[int], frac
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=12), fractions)
+@settings(deadline=None)
 def test_many_copies_never_empty_a_side(content: list[int], fraction: float) -> None:
     chosen = held_out(keys(*content), fraction, 0)
     assert chosen.any() and not chosen.all()
@@ -55,6 +57,7 @@ def test_a_large_family_of_copies_does_not_swallow_the_share() -> None:
 
 
 @given(st.text(min_size=2, max_size=200), fractions)
+@settings(deadline=None)
 def test_a_lone_document_falls_in_two_whole_parts(text: str, fraction: float) -> None:
     training, validation = cut_in_two(text, fraction)
     assert training + validation == text and training and validation

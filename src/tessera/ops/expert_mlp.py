@@ -79,7 +79,7 @@ class _ExpertMlp(torch.autograd.Function):
         values = dispatcher.dispatch(dy, slots)
         dy_rows = down.gradient_rows(dy)
         if isinstance(dy_rows, TiledTensor) and dy_rows.tile.rows > 1:  # ablation tiles span tokens
-            dy_rows = down.gradient_rows(values)
+            dy_rows = down.gradient_rows(values, offsets=offsets)
         else:
             dy_rows = dispatcher.dispatch(dy_rows, slots)
         d = gemm.dgrad(dy_rows, experts.down.operand(), down.precision.accumulation, dtype, offsets)
