@@ -32,6 +32,7 @@ soak: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check --quiet src tests || { echo 'run: .venv/bin/ruff format src tests'; exit 1; }
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

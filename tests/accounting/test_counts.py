@@ -58,9 +58,7 @@ def shipped(name: str) -> ModelSection:
     return load_recipe(RECIPES / f"{name}.toml").model
 
 
-def block(
-    m: ModelSection, prefix: str, moe: bool, chosen_only: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def block(m: ModelSection, prefix: str, moe: bool, chosen_only: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of one layer, as the published checkpoint names and shapes it."""
     h, heads = m.hidden_size, m.num_attention_heads
     yield f"{prefix}.input_layernorm", (h,)

@@ -64,10 +64,7 @@ def test_every_sequence_is_the_slow_streams(sizes, length, seed, position, cross
         start = sequences[row] * length
         window = stream[start : start + length + 1]
         assert batch.tokens[row].tolist() == [token for token, _ in window[:-1]]
-        expected = [
-            after if cross or here == there else IGNORED
-            for (_, here), (after, there) in pairwise(window)
-        ]
+        expected = [after if cross or here == there else IGNORED for (_, here), (after, there) in pairwise(window)]
         assert batch.targets[row].tolist() == expected
         assert batch.document_ids[row].tolist() == [begun - window[0][1] for _, begun in window[:-1]]
 
@@ -76,9 +73,7 @@ def test_every_sequence_is_the_slow_streams(sizes, length, seed, position, cross
 @settings(deadline=None)
 def test_held_out_tokens_are_each_a_target_once_and_the_rest_is_ignored(sizes, length, cross) -> None:
     documents = documents_of(sizes)
-    batches = Batches(
-        documents, length, seed=4, end_of_text=END, endless=False, cross_document_attention=cross
-    )
+    batches = Batches(documents, length, seed=4, end_of_text=END, endless=False, cross_document_attention=cross)
     whole = batches.batch(0, batches.num_sequences)
     order = permutation(len(sizes), 4, "order", 0)
     expected = [token for i in order for token in texts(documents)[i]]

@@ -42,9 +42,7 @@ def test_the_standard_library_is_every_source_but_tests_and_packages() -> None:
     files = find_corpus("python-stdlib", (".txt",), "text").files
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests"}
-    expected = {
-        path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts[:-1])
-    }
+    expected = {path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts[:-1])}
     assert set(files) == expected and len(files) == len(expected) > 300
     assert root / "os.py" in files and root / "json" / "decoder.py" in files
 

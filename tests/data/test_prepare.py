@@ -67,9 +67,7 @@ def refused(*arguments, **options) -> str:
 
 def test_each_document_is_on_one_side_and_comes_back_whole(text: Path, tmp_path: Path) -> None:
     dataset = prepare(section(text, validation_fraction=0.2), VOCAB, tmp_path / "data")
-    sides = {
-        split: [original(dataset, ids) for ids in documents(dataset, split)] for split in ("train", "validation")
-    }
+    sides = {split: [original(dataset, ids) for ids in documents(dataset, split)] for split in ("train", "validation")}
     expected = Counter(p.read_text() for p in text.iterdir())
     assert Counter(sides["train"] + sides["validation"]) == expected
     assert len(sides["validation"]) == 8
@@ -223,8 +221,7 @@ def test_two_that_prepare_at_once_share_one_result(text: Path, tmp_path: Path, m
     monkeypatch.setattr(module, "publish_folder", together)
     made: list[Dataset] = []
     threads = [
-        threading.Thread(target=lambda: made.append(prepare(section(text), VOCAB, tmp_path / "data")))
-        for _ in range(2)
+        threading.Thread(target=lambda: made.append(prepare(section(text), VOCAB, tmp_path / "data"))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()

@@ -164,9 +164,7 @@ def differences(a: Tensor, b: Tensor) -> str:
 # Data
 
 
-def quantised(
-    x: Tensor, layout: Layout, scale_mode: str, format: str = "e4m3", kernel: Kernel = reference
-) -> Operand:
+def quantised(x: Tensor, layout: Layout, scale_mode: str, format: str = "e4m3", kernel: Kernel = reference) -> Operand:
     codes, scales, _ = kernel.quantise(x, *layout.arguments(), format, scale_mode, "nearest")
     return Operand(codes, scales, layout, format)
 
@@ -247,9 +245,7 @@ def extremes(format: str) -> Tensor:
     turning += [largest * 2.0**-128 * 1.01, largest * 2.0**-127 / 1.01]
     with np.errstate(over="ignore"):
         amax = np.array(turning).astype(np.float32)
-        amax = np.concatenate(
-            [amax, np.nextafter(amax, np.float32(np.inf)), np.nextafter(amax, np.float32(0))]
-        )
+        amax = np.concatenate([amax, np.nextafter(amax, np.float32(np.inf)), np.nextafter(amax, np.float32(0))])
     amax = amax[np.isfinite(amax) & (amax > 0)]
     parts = np.random.default_rng(7).uniform(-1, 1, size=(len(amax), 128)).astype(np.float32)
     parts[:, ::5] *= np.float32(1e-3)
@@ -269,3 +265,16 @@ def unruly(rows: int, columns: int, seed: int) -> Tensor:
     for start, value in ((0.9, float("nan")), (0.902, float("inf")), (0.904, -float("inf"))):
         x = torch.where((dice > start) & (dice < start + 0.002), torch.tensor(value), x)
     return x
+
+
+def fma_cases() -> tuple[Tensor, Tensor, Tensor]:
+    """float32 a, b, c whose a * b + c is hard to round: cancelling, far apart, subnormal, overflowing, not finite."""
+    random = np.random.default_rng(15)
+    a, b = np.ldexp(random.uniform(-2, 2, (2, 3000)), random.integers(-70, 40, (2, 3000))).astype(np.float32)
+    near = random.integers(-27, 28, 3000)
+    c = (-a * b.astype(np.float64) * 2.0**near * (1 + random.uniform(-1e-7, 1e-7, 3000))).astype(np.float32)
+    inf, nan, tiny, large = np.inf, np.nan, 2.0**-149, 3.4028234663852886e38
+    edges = [0.0, -0.0, 1.0, -1.0, tiny, -tiny, 2.0**-126, large, -large, inf, -inf, nan]
+    grid = np.array(np.meshgrid(edges, edges, edges), dtype=np.float32).reshape(3, -1)
+    columns = np.concatenate([np.stack([a, b, c]), grid], axis=1)
+    return tuple(torch.from_numpy(column.copy()) for column in columns)  # type: ignore[return-value]

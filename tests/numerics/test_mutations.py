@@ -80,9 +80,7 @@ def test_a_quantiser_that_truncates_is_rejected() -> None:
     def quantise(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return healthy.quantise(x, *arguments[:-1], "toward_zero")
 
-    assert rejects(
-        oracle.assert_quantises_as_the_law, mutant(quantise=quantise), normal()(3, 200), Layout(VECTOR)
-    )
+    assert rejects(oracle.assert_quantises_as_the_law, mutant(quantise=quantise), normal()(3, 200), Layout(VECTOR))
 
 
 def test_a_quantiser_that_multiplies_with_one_reciprocal_for_two_divisions_is_rejected() -> None:
@@ -139,9 +137,7 @@ def test_the_next_blocks_scale_is_rejected(kind: str, dimension: int | None, ope
 
     def draw(rows: int, columns: int) -> Tensor:
         # Every tile meets the next one at another scale, in both directions.
-        return normal(1)(rows, columns) * 2.0 ** (
-            torch.arange(rows)[:, None] // 128 + torch.arange(columns) // 128
-        )
+        return normal(1)(rows, columns) * 2.0 ** (torch.arange(rows)[:, None] // 128 + torch.arange(columns) // 128)
 
     tokens, n, k = {"fprop": ([4], 5, 300), "dgrad": ([4], 300, 5), "wgrad": ([300], 4, 5)}[kind]
     problem = problem_of(kind, tokens, n, k, draw)
@@ -223,9 +219,7 @@ def test_an_expert_that_starts_one_token_late_is_rejected(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
 def test_the_next_experts_weights_are_rejected(kind: str) -> None:
-    kernel = with_arguments(
-        lambda a: a | {"b_codes": a["b_codes"].roll(-6, 0), "b_scales": a["b_scales"].roll(-1, 0)}
-    )
+    kernel = with_arguments(lambda a: a | {"b_codes": a["b_codes"].roll(-6, 0), "b_scales": a["b_scales"].roll(-1, 0)})
     problem = problem_of(kind, [3, 0, 2, 4], 6, 7, normal())
     assert rejects(oracle.assert_matmul_within, kernel, problem, FLOAT32_BAR)
     assert rejects(oracle.assert_matmul_bits, kernel, hopper(problem))

@@ -76,9 +76,7 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(file: Path) -> None:
         ),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_or_with_all(
-    file: Path, wrong: str, message: str
-) -> None:
+def test_an_unknown_key_is_answered_with_the_nearest_or_with_all(file: Path, wrong: str, message: str) -> None:
     assert complaint(file, wrong) == message
 
 
@@ -152,9 +150,7 @@ def test_a_value_out_of_range_is_answered_with_the_range(file: Path, wrong: str,
     assert complaint(file, wrong) == message
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", ".hidden", "a/b", "tiny(1)", "a\\b", "-x", "a\u0000", "a\n", " a"]
-)
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "tiny(1)", "a\\b", "-x", "a\u0000", "a\n", " a"])
 def test_a_name_that_is_no_name_of_a_folder_is_refused(file: Path, name: str) -> None:
     line = complaint(file, f"name={json.dumps(name)}")
     assert line.startswith("name = ")
@@ -196,9 +192,7 @@ def test_a_number_too_large_for_a_float_is_refused(file: Path) -> None:
         (["optimizer.learning_rate=[{shape='constant', steps=2, from=1, to=1}]"], "[0].from: has no meaning"),
     ],
 )  # fmt: skip
-def test_an_impossible_combination_is_named_with_both_sides(
-    file: Path, wrong: list[str], message: str
-) -> None:
+def test_an_impossible_combination_is_named_with_both_sides(file: Path, wrong: list[str], message: str) -> None:
     assert message in complaint(file, *wrong)
 
 
@@ -286,9 +280,7 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(file: Path) -> None:
 
 def test_a_recipe_of_a_newer_version_is_said_to_be_one_whatever_else_it_holds(file: Path) -> None:
     file.write_text("schema = 2\nnew_key = 1\n" + MINIMAL)
-    with pytest.raises(
-        UserError, match=r"mine\.toml: schema = 2: this tessera reads .* up to schema 1; upgrade"
-    ):
+    with pytest.raises(UserError, match=r"mine\.toml: schema = 2: this tessera reads .* up to schema 1; upgrade"):
         load_recipe(file)
 
 

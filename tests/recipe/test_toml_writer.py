@@ -12,9 +12,7 @@ from recipe.examples import MINIMAL
 from tessera.recipe import DataSection, Recipe, Schedule, load_recipe, toml_writer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # TOML holds Unicode without lone surrogates
-SCALARS = (
-    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
-)
+SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -66,14 +64,10 @@ SCHEDULES = NUMBERS | st.lists(
     epsilon=st.floats(0, 1, exclude_min=True),
     q_lora_rank=st.none() | st.integers(1, 10**6),
     rope_scaling=st.none()
-    | st.fixed_dictionaries(
-        {"factor": st.floats(1, 1e9), "original_max_position_embeddings": st.integers(1, 10**9)}
-    ),
+    | st.fixed_dictionaries({"factor": st.floats(1, 1e9), "original_max_position_embeddings": st.integers(1, 10**9)}),
     tensorboard=st.booleans(),
 )
-def test_a_resolved_recipe_loads_as_the_same_recipe(
-    tmp_path_factory: pytest.TempPathFactory, **values: Any
-) -> None:
+def test_a_resolved_recipe_loads_as_the_same_recipe(tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
     raw = tomllib.loads(MINIMAL) | {"name": values["name"]}
     raw["data"] |= {"source": values["source"]}
     raw["optimizer"] |= {"learning_rate": values["learning_rate"], "epsilon": values["epsilon"]}
@@ -87,9 +81,7 @@ def test_a_resolved_recipe_loads_as_the_same_recipe(
     assert load_recipe(path) == recipe
 
 
-def test_a_resolved_recipe_does_not_depend_on_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resolved_recipe_does_not_depend_on_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = tomllib.loads(Recipe.model_validate(tomllib.loads(MINIMAL) | {"name": "x"}).to_toml())
     for section, fields in [("data", DataSection.model_fields)]:
         optional = {key for key, field in fields.items() if field.default is None}

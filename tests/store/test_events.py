@@ -199,9 +199,7 @@ def test_a_reader_at_a_half_written_line_does_not_take_its_rest_for_damage(
     assert steps(path) == [0]
 
 
-def test_the_offset_that_a_checkpoint_keeps_is_on_the_disk(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_offset_that_a_checkpoint_keeps_is_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     fsync = os.fsync
 
@@ -215,9 +213,7 @@ def test_the_offset_that_a_checkpoint_keeps_is_on_the_disk(
         assert writer.offset == synced[-1] == path.stat().st_size
 
 
-def test_a_disk_that_fills_up_inside_a_line_leaves_whole_lines(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_inside_a_line_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = EventWriter(path, "tiny")
     writer.write("step", 0)
     size = writer.offset
@@ -299,9 +295,7 @@ def test_a_writer_that_died_does_not_lock_the_next_one_out(path: Path) -> None:
     assert steps(path) == [0, 1]
 
 
-def test_a_clock_that_jumps_back_changes_nothing_but_the_time(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_jumps_back_changes_nothing_but_the_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([2e9, 1e9, -5.0])
     monkeypatch.setattr(time, "time", lambda: next(clock))
     write_steps(path, 0, 1, 2)

@@ -96,9 +96,7 @@ def test_the_content_reaches_the_disk_before_its_name_and_the_name_before_the_re
     assert done == ["content", "name", "folder"]
 
 
-def test_a_file_system_that_cannot_sync_folders_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
 
     def only_files(descriptor: int) -> None:

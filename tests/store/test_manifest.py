@@ -122,9 +122,7 @@ def test_publishing_never_replaces_a_folder(tmp_path: Path) -> None:
         publish_folder(tmp_path / "step-5.partial", tmp_path / "step-5")
 
 
-def test_a_disk_that_fails_before_the_rename_publishes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_before_the_rename_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -86,9 +86,7 @@ def test_a_file_in_the_place_of_the_folder_or_of_a_parent_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("room", range(4))
-def test_after_a_full_disk_the_same_command_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
-) -> None:
+def test_after_a_full_disk_the_same_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     fsync = os.fsync
     left = iter(range(room))
 
@@ -104,9 +102,7 @@ def test_after_a_full_disk_the_same_command_works(
     RunFolder.create(tmp_path / "tiny", RECIPE)
 
 
-def test_a_place_where_no_folder_can_be_made_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

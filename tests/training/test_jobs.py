@@ -69,7 +69,7 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 
 def test_a_killed_process_is_reported_with_its_status() -> None:
-    with pytest.raises(UserError, match="fp8 ended without a word.*-9"):
+    with pytest.raises(UserError, match=r"fp8 ended without a word.*-9"):
         run_jobs([Job("fp8", die, ())], 1, lambda *_: None)
 
 

@@ -220,6 +220,23 @@ def test_a_checkpoint_of_a_newer_tessera_is_refused(
         checkpoint.read_state(path)
 
 
+def test_a_run_does_not_go_on_with_other_text(recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    recipe = recipe_with(training={"steps": 1})
+    trained(recipe, tmp_path / "run", dataset_of(recipe))
+    run = RunFolder.open(tmp_path / "run")
+    other = dataset_of(recipe_with(data={"seed": 1}))
+    with pytest.raises(UserError, match="other text"):
+        Trainer.resume(run, other, run.checkpoint_path(1))
+
+
+def test_numerics_without_a_backward_pass_are_refused_at_the_start(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
+) -> None:
+    recipe = recipe_with(numerics={"tiles": "row", "accumulation": "hopper"})
+    with pytest.raises(UserError, match="no backward pass"):
+        Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset_of(recipe))
+
+
 def test_only_the_latest_checkpoints_and_the_milestones_are_kept(
     recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
 ) -> None:

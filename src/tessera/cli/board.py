@@ -15,6 +15,7 @@ from tessera.cli.options import say
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 FIRST_ESTIMATE = 15.0  # seconds of training before a run's length is estimated
+SMOOTHING = 0.1  # weight of the latest step in the tokens/s that are shown
 
 
 class Board:
@@ -25,14 +26,15 @@ class Board:
         self.quiet, self.limit, self.sharing = quiet, limit_minutes, sharing
         self._steps: dict[str, int] = {}
         self._began: dict[str, tuple[float, int]] = {}
-        self._latest: dict[str, dict[str, Any]] = {}
+        self._losses: dict[str, float] = {}
+        self._speed: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
         self._last_line = self._started = time.monotonic()
         self._warned = False
         self._bars = None
         if not quiet and sys.stderr.isatty():
             self._bars = Progress(
-                TextColumn("{task.description:>12}"),
+                TextColumn("{task.description}"),
                 BarColumn(bar_width=28),
                 TextColumn("{task.fields[figures]}"),
                 console=Console(stderr=True),
@@ -50,8 +52,10 @@ class Board:
             self._bars.stop()
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """Progress of preparing the data."""
-        self._show(name, done, total, f"{done:,}/{total:,}")
+        """Progress of preparing the data, or of another work without steps; its bar goes when it is done."""
+        self._show(name, done, total, f"{done / total:4.0%}" if total else "")
+        if self._bars and done >= total and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
 
     def data(self, facts: dict[str, Any]) -> None:
         """What the text amounts to, from a dataset's facts."""
@@ -72,25 +76,29 @@ class Board:
             case "validation":
                 self.say(f"{job}: validation at step {event['step']}: {event['bits_per_byte']:.3f} bits per byte")
             case "progress":
-                self._show(job, event["done"], event["total"], f"{event['done']}/{event['total']} batches")
+                done, total = event["done"], event["total"]
+                self._show(job, done, total, f"batch {done:>{len(str(total))}}/{total}")
 
     def say(self, text: str) -> None:
         """A line above the bars."""
         if self.quiet:
             return
         if self._bars:
-            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._bars.console.print(text, highlight=False, markup=False)
         else:
             say(text)
 
     def _step(self, job: str, event: dict[str, Any]) -> None:
-        self._latest[job] = event
         done, total = event["step"] + 1, self._steps[job]
         since, first = self._began[job]
         elapsed = time.monotonic() - since
         left = elapsed / max(done - first, 1) * (total - done)
-        figures = f"step {done}/{total}  loss {event['lm_loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {_clock(left)} left"
-        self._show(job, done, total, figures)
+        speed = self._speed.get(job, event["tokens_per_s"])
+        self._speed[job] = speed = speed + SMOOTHING * (event["tokens_per_s"] - speed)
+        self._losses[job] = event["lm_loss"]
+        figures = f"step {done:>{len(str(total))}}/{total}  loss {event['lm_loss']:.3f}  {speed:,.0f} tokens/s"
+        others = ", ".join(f"{other} {loss:.3f}" for other, loss in self._losses.items() if other != job)
+        self._show(job, done, total, f"{figures}  {clock(left)} left", others)
         if self.limit and not self._warned and elapsed > FIRST_ESTIMATE:
             minutes = (time.monotonic() - self._started + left * self.sharing) / 60
             if minutes > self.limit:
@@ -100,7 +108,8 @@ class Board:
                     "all steps are made all the same (Ctrl-C keeps a checkpoint)"
                 )
 
-    def _show(self, name: str, done: int, total: int, figures: str) -> None:
+    def _show(self, name: str, done: int, total: int, figures: str, others: str = "") -> None:
+        """`others`: what the bars of other jobs show; put behind a line where there are no bars."""
         if self.quiet:
             return
         if self._bars:
@@ -109,9 +118,11 @@ class Board:
             self._bars.update(self._tasks[name], completed=done, total=total, figures=figures)
         elif done == total or time.monotonic() - self._last_line > LINE_EVERY:
             self._last_line = time.monotonic()
-            others = [f"{job} {e['lm_loss']:.3f}" for job, e in self._latest.items() if job != name]
-            say(f"{name}: {figures}" + (f"  (loss of {', '.join(others)})" if others else ""))
+            say(f"{name}: {figures}{others and f'  (loss of {others})'}")
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

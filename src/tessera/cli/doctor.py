@@ -8,10 +8,10 @@ from typing import Any
 
 import typer
 
-from tessera.cli.options import Json, print_json
+from tessera.cli.options import Json, examples, print_json
 
-EXAMPLE = "Example: [bold]tessera doctor[/bold]"
-EXTRAS = {"pyarrow": "parquet", "tensorboard": "tensorboard"}
+EXAMPLE = examples("tessera doctor")
+EXTRAS = {"parquet": "pyarrow", "tensorboard": "tensorboard"}  # extra: the package it brings
 
 
 def command(json: Json = False) -> None:
@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": "torch (vectorised PyTorch, any device)",
         "kernels_equal_reference": equal,
-        "extras": {extra: _version(package) for package, extra in EXTRAS.items()},
+        "extras": {extra: _version(package) for extra, package in EXTRAS.items()},
         "problems": problems,
     }
 
@@ -82,18 +82,20 @@ def _version(package: str) -> str | None:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(f"tessera {facts['tessera']}, Python {facts['python']}, torch {facts['torch']}")
-    print(
-        f"machine   {facts['platform']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['cpu_capability']}"
-    )
-    print(f"devices   cpu{', cuda: ' + facts['cuda'] if facts['cuda'] else ' (no CUDA device)'}")
-    print(
-        f"kernels   {facts['kernels']}; codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}"
-    )
+    cpu = f"{facts['cores']} cores ({facts['cpu_capability']}), {facts['memory_gib']} GiB of memory"
+    rows = {
+        "tessera": f"{facts['tessera']}, Python {facts['python']}, torch {facts['torch']}",
+        "machine": f"{facts['platform']}, {cpu}",
+        "devices": f"cpu, cuda: {facts['cuda']}" if facts["cuda"] else "cpu (no CUDA device)",
+        "kernels": facts["kernels"],
+        "numbers": f"FP8 codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}",
+    }
     for extra, found in facts["extras"].items():
         missing = f"not installed; pip install 'tessera[{extra}]'"
-        print(f"extra     {extra}: {found or missing}")
+        rows[f"extra {extra}"] = f"{EXTRAS[extra]} {found}" if found else missing
+    for name, text in rows.items():
+        print(f"{name:<18}{text}")
     for problem in facts["problems"]:
-        print(f"problem   {problem}")
+        print(f"{'problem':<18}{problem}")
     if not facts["problems"]:
         print("all is well")

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import Json, print_json
+from tessera.cli.options import Json, examples, print_json
 
-EXAMPLE = "Example: [bold]tessera report runs/tiny[/bold]"
+EXAMPLE = examples("tessera report runs/tiny")
 
 
 def command(

@@ -1,35 +1,49 @@
 """tessera sample: let a trained model continue a text."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import Json, Threads, print_json
+from tessera.cli.options import Json, Threads, examples, print_json, say
+from tessera.recipe import UserError
 
-EXAMPLE = "Example: [bold]tessera sample runs/tiny --prompt 'def read(' --tokens 80 --temperature 0.5[/bold]"
+EXAMPLE = examples(
+    "tessera sample runs/tiny --prompt 'def read(' --tokens 80 --temperature 0.5",
+    "tessera sample runs/tiny/arms/bf16/checkpoints/step-125 --temperature 0 --json",
+)
+INCOMPLETE = "\ufffd"  # what the decoder gives for bytes that are no character, or none yet
+# A terminal obeys control characters; a young model writes all of them.
+VISIBLE = {code: INCOMPLETE for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a comparison (its FP8 arm) or a checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token each time.")] = 0.8,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; may be empty.")] = "def ",
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to add at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", min=0, help="0 takes the most probable token each time.")
+    ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of this probability.")
+        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Draw from the smallest set of this probability.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Continue a text with a trained model, in the precision it was trained in."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        raise UserError(f"--prompt {prompt!a}: is not UTF-8") from None
+
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    show = None if json else lambda text: (sys.stdout.write(text), sys.stdout.flush())
-    sample = make_sample(model, prompt, tokens, temperature, top_p, seed, show)
+    sample = make_sample(model, prompt, tokens, temperature, top_p, seed, None if json else _show)
     if json:
         print_json(sample)
     else:
@@ -37,9 +51,15 @@ def command(
 
 
 def make_sample(
-    path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, show: Any = None
+    path: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    show: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The sample as a dict {prompt, text, temperature, checkpoint}; `show` gets the text piece by piece."""
+    """The sample as a dict {prompt, text, temperature, precision, checkpoint}; `show` gets the text as it comes."""
     from tessera.data import Tokenizer
     from tessera.inference.sample import continue_tokens
     from tessera.model import Transformer
@@ -54,23 +74,26 @@ def make_sample(
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
     model = Transformer(recipe.model, Policy(**recipe.numerics.model_dump()))
     read_weights(checkpoint, model)
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    added: list[int] = []
-    shown = ""
+    precision = recipe.numerics.precision
     if show:
+        say(f"{checkpoint} ({precision})")
         show(prompt)
-    for token in continue_tokens(
-        model,
-        ids,
-        max_new_tokens=tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=tokenizer.end_of_text,
-    ):
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    added: list[int] = []
+    text = shown = ""
+    for token in continue_tokens(model, ids, max_new_tokens=tokens, stop=tokenizer.end_of_text, **options):
         added.append(token)
         text = tokenizer.decode(added)
-        if show and not text.endswith("\ufffd"):  # a character may take several tokens
+        if show and not text.endswith(INCOMPLETE):  # a character may take several tokens
             show(text[len(shown) :])
             shown = text
-    return {"prompt": prompt, "text": tokenizer.decode(added), "temperature": temperature, "checkpoint": checkpoint}
+    if show:
+        show(text[len(shown) :])
+    facts = {"temperature": temperature, "precision": precision, "checkpoint": checkpoint}
+    return {"prompt": prompt, "text": text, **facts}
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text.translate(VISIBLE))
+    sys.stdout.flush()

@@ -260,7 +260,7 @@ def _field(line: bytes, text_field: str, where: str) -> str:
     except (ValueError, RecursionError) as error:  # of UTF-8, JSON or the checks above
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(
-            f"{where}: broken line: {reason}\n  each line must be a JSON object with text in \"{text_field}\""
+            f'{where}: broken line: {reason}\n  each line must be a JSON object with text in "{text_field}"'
         ) from None
 
 

@@ -28,15 +28,11 @@ def chosen_documents(content: U64, rate: float, seed: int) -> NDArray[np.bool_]:
 def cut(text: str, content: int, seed: int) -> tuple[str, str, str]:
     """A document as (prefix, middle, suffix), any of which may be empty; every pair of places is equally likely."""
     key = np.array([content], dtype=np.uint64)
-    first, last = sorted(
-        choice(int(draw(key, seed, "middle", end)[0]), len(text) + 1) for end in ("first", "last")
-    )
+    first, last = sorted(choice(int(draw(key, seed, "middle", end)[0]), len(text) + 1) for end in ("first", "last"))
     return text[:first], text[first:last], text[last:]
 
 
-def assembled(
-    prefix: Tokens, middle: Tokens, suffix: Tokens, begin: int, hole: int, end: int
-) -> list[Tokens]:
+def assembled(prefix: Tokens, middle: Tokens, suffix: Tokens, begin: int, hole: int, end: int) -> list[Tokens]:
     """The encoded parts in the order prefix-suffix-middle between the three markers; end of text is the caller's."""
     markers = np.array([[begin], [hole], [end]], dtype=np.uint32)
     return [markers[0], prefix, markers[1], suffix, markers[2], middle]

@@ -65,9 +65,7 @@ class LatentAttention(nn.Module):
             self.q_a_layernorm = Norm(rank)
             self.q_b_proj = projection("q_b_proj", RoleKind.ATTENTION_UP, query_width, rank)
         latent_width = section.kv_lora_rank + section.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = projection(
-            "kv_a_proj_with_mqa", RoleKind.ATTENTION_INPUT, latent_width, hidden
-        )
+        self.kv_a_proj_with_mqa = projection("kv_a_proj_with_mqa", RoleKind.ATTENTION_INPUT, latent_width, hidden)
         self.kv_a_layernorm = Norm(section.kv_lora_rank)
         up_width = heads * (section.qk_nope_head_dim + section.v_head_dim)
         self.kv_b_proj = projection("kv_b_proj", RoleKind.ATTENTION_UP, up_width, section.kv_lora_rank)
@@ -78,16 +76,12 @@ class LatentAttention(nn.Module):
         section = self.section
         epsilon = section.rms_norm_eps
         if section.q_lora_rank is None:
-            q, down = normed_linear(
-                x, norm.weight, epsilon, self.q_proj.operand, self.kv_a_proj_with_mqa.operand
-            )
+            q, down = normed_linear(x, norm.weight, epsilon, self.q_proj.operand, self.kv_a_proj_with_mqa.operand)
         else:
             query_latent, down = normed_linear(
                 x, norm.weight, epsilon, self.q_a_proj.operand, self.kv_a_proj_with_mqa.operand
             )
-            (q,) = normed_linear(
-                query_latent, self.q_a_layernorm.weight, LATENT_EPSILON, self.q_b_proj.operand
-            )
+            (q,) = normed_linear(query_latent, self.q_a_layernorm.weight, LATENT_EPSILON, self.q_b_proj.operand)
         latent, k_rope = down.split([section.kv_lora_rank, section.qk_rope_head_dim], dim=-1)
         (kv,) = normed_linear(latent, self.kv_a_layernorm.weight, LATENT_EPSILON, self.kv_b_proj.operand)
         shape = AttentionShape(

@@ -21,9 +21,7 @@ from tessera.ops.swiglu import swiglu_linear
 class GatedMlp(nn.Module):
     """y = (silu(x gate^T) * (x up^T)) down^T: gate_up_proj [2 I, H], down_proj [H, I]."""
 
-    def __init__(
-        self, blueprint: Blueprint, name: str, intermediate: int, gate_up: RoleKind, down: RoleKind
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, name: str, intermediate: int, gate_up: RoleKind, down: RoleKind) -> None:
         super().__init__()
         hidden = blueprint.section.hidden_size
         self.gate_up_proj = Projection(

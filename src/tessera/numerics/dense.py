@@ -1,24 +1,72 @@
-"""Matrix products whose rows do not depend on how many rows there are.
+"""Matrix products of unquantised operands whose rows do not depend on how many rows there are.
 
-BLAS libraries choose another kernel, with another order of summation, for a handful of rows; on a CPU rows of a
-float32 product at M = 1, 2, 3 differ from the same rows at M = 64. A token's result must not depend on its batch,
-so short products are padded with zero rows. (A BLAS may do the same for N; N is a property of the weights.)
+BLAS libraries choose another kernel, with another order of summation, for a handful of rows or of columns; on a CPU
+rows of a float32 product at M = 1, 2, 3 differ from the same rows at M = 64, and with fewer than 12 columns (a router
+of 8 experts) rows differ by their place in a block of four. A token's result must not depend on its batch, so short
+and narrow products are padded with zeros.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 MINIMUM_ROWS = 64
+MINIMUM_COLUMNS = 16
 
 
-def matmul_rows(a: Tensor, b: Tensor, multiple: int = 1) -> Tensor:
-    """a [M, K] @ b [K, N] -> [M, N]; each row depends on that row and b alone.
+def matmul_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N] -> [M, N] in their dtype; each row depends on that row and b alone."""
+    rows, columns = a.shape[0], b.shape[1]
+    a, b = _tall(a, MINIMUM_ROWS), _wide(b)
+    y = a @ b
+    return y if y.shape == (rows, columns) else y[:rows, :columns].contiguous()
 
-    `multiple` > 1 also pads M up to a multiple: ragged groups then meet few distinct shapes, for each of which
-    the CPU library builds and keeps a kernel.
+
+def matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The three GEMMs (kinds and shapes in kernels/__init__.py) on operands of one dtype, float32 accumulation."""
+    if kind == "wgrad" or out_dtype == torch.float32:
+        a, b = a.float(), b.float()  # torch's BF16 product would be rounded to BF16
+    if kind == "wgrad":
+        y = a.t() @ b if offsets is None else _each_group(a, b, offsets)
+    elif offsets is None:
+        y = matmul_rows(a, b.t() if kind == "fprop" else b)
+    else:
+        weights = b.unflatten(0, (offsets.numel() - 1, -1))
+        y = _grouped_rows(a, weights.transpose(1, 2) if kind == "fprop" else weights, offsets)
+    return y.to(out_dtype)
+
+
+def _grouped_rows(a: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """a [T, K], weights [G, K, N] -> [T, N]: the rows of group g times weights[g].
+
+    Heights are rounded up to 64: the CPU library builds and keeps a kernel for each shape it meets. A product that
+    is too high runs on into the rows of the next group, whose own product then overwrites them.
     """
-    rows = a.shape[0]
-    target = max(MINIMUM_ROWS, -(-rows // multiple) * multiple)
-    if rows == target or rows > MINIMUM_ROWS and multiple == 1:
-        return a @ b
-    return (torch.nn.functional.pad(a, (0, 0, 0, target - rows)) @ b)[:rows]
+    rows, columns = a.shape[0], weights.shape[2]
+    weights = _wide(weights)
+    y = a.new_empty(rows + MINIMUM_ROWS, weights.shape[2])
+    for g, (start, end) in enumerate(pairwise(offsets.tolist())):
+        if start == end:
+            continue
+        stop = start + -(-(end - start) // MINIMUM_ROWS) * MINIMUM_ROWS
+        torch.mm(_tall(a[start:stop], stop - start), weights[g], out=y[start:stop])
+    return y[:rows] if y.shape[1] == columns else y[:rows, :columns].contiguous()
+
+
+def _each_group(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """a [T, N], b [T, K] -> [G * N, K]: a^T b over the rows of each group; zero for an empty one."""
+    y = a.new_zeros(offsets.numel() - 1, a.shape[1], b.shape[1])
+    for g, (start, end) in enumerate(pairwise(offsets.tolist())):
+        if end > start:
+            torch.mm(a[start:end].t(), b[start:end], out=y[g])
+    return y.flatten(0, 1)
+
+
+def _tall(a: Tensor, rows: int) -> Tensor:
+    return a if a.shape[0] >= rows else pad(a, (0, 0, 0, rows - a.shape[0]))
+
+
+def _wide(b: Tensor) -> Tensor:
+    return b if b.shape[-1] >= MINIMUM_COLUMNS else pad(b, (0, MINIMUM_COLUMNS - b.shape[-1]))

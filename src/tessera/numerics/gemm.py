@@ -2,16 +2,17 @@
 
 An operand is a `TiledTensor` (FP8: codes travel into the kernel) or a plain tensor (BF16 and FP32 twins). Grouped
 forms take `offsets` int64 [G + 1]: rows offsets[g] .. offsets[g + 1] meet weight g of W [G * N, K]. Groups may be
-empty. docs/numerics.md has the operand table.
+empty. Raises TypeError for one quantised operand beside one that is not, ValueError for operands whose tiles do not
+meet. docs/numerics.md has the operand table, section "The three GEMMs".
 """
 
 import torch
 from torch import Tensor
 
-from tessera.numerics import operators
-from tessera.numerics.kernels.torch import dense_matmul
+from tessera.numerics import dense, operators
 from tessera.numerics.precision import Accumulation
 from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.numerics.tiles import TILE
 
 Operand = TiledTensor | Tensor
 
@@ -39,6 +40,7 @@ def _matmul(
     kind: str, a: Operand, b: Operand, accumulation: Accumulation, out_dtype: torch.dtype, offsets: Tensor | None
 ) -> Tensor:
     if isinstance(a, TiledTensor) and isinstance(b, TiledTensor):
+        _require_tiles_that_meet(kind, a, b, offsets)
         return operators.matmul(
             kind,
             a.codes,
@@ -49,7 +51,7 @@ def _matmul(
             b.scales,
             b.tile,
             b.format.name,
-            0 if kind == "wgrad" else b.row_segment,
+            a.column_segment if kind == "wgrad" else b.row_segment,
             offsets,
             accumulation.model,
             accumulation.interval,
@@ -57,4 +59,20 @@ def _matmul(
         )
     if isinstance(a, TiledTensor) or isinstance(b, TiledTensor):
         raise TypeError("both operands of a GEMM are quantised, or neither")
-    return dense_matmul(kind, a, b, offsets, out_dtype)
+    return dense.matmul(kind, a, b, offsets, out_dtype)
+
+
+def _require_tiles_that_meet(kind: str, a: TiledTensor, b: TiledTensor, offsets: Tensor | None) -> None:
+    """The kernel reads scales by the GEMM's offsets and segment: the operands must have been tiled by the same."""
+    for name, operand in (("first", a), ("second", b)):
+        by_group = operand.tile.rows == TILE and (kind == "wgrad" or operand is a)
+        if by_group and (operand.offsets is None) != (offsets is None):
+            raise ValueError(
+                f"{kind}: tiles of the {name} operand are {TILE} rows high; quantise it with the offsets of the GEMM"
+            )
+    segments = (a.column_segment or a.shape[1], b.row_segment or b.shape[0])
+    if kind == "dgrad" and a.tile.columns == TILE and segments[0] != segments[1] and any(s % TILE for s in segments):
+        raise ValueError(
+            f"dgrad: tiles restart every {segments[0]} columns of dY and every {segments[1]} rows of W; quantise dY "
+            "with column_segment = the weight's row_segment"
+        )

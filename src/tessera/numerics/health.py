@@ -5,17 +5,22 @@ elements (the quantiser meets them anyway), so that the trainer can stop before 
 tensor. While `measuring` it also compares each quantised tensor with its source.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.numerics.tiles import TILE
 
 
 @dataclass
 class Recorder:
-    """`nonfinite`: tensor name -> int64 [], in the order met; `tensors`: name -> statistics. Reset by `clear`."""
+    """`nonfinite`: tensor name -> int64 [], in the order met; `tensors`: name -> statistics. Reset by `clear`.
+
+    A tensor met again (a further micro-batch) adds to its count and replaces its statistics.
+    """
 
     measuring: bool = False
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
@@ -45,39 +50,43 @@ class Recorder:
 
 
 def measure(source: Tensor, quantised: TiledTensor, *, requantised: bool) -> dict[str, float | int | None]:
-    """Statistics of one quantised matrix; fractions are of its elements.
+    """Statistics of one quantised matrix; fractions are of its elements, those that are not finite among them.
 
-    relative_rms: |q - x| / |x| (Frobenius). saturated: coded at the largest finite value. flushed: non-zero, coded
-    zero. rounded_twice: decoded value changed by a second quantisation (None where there was no first).
+    relative_rms: |q - x| / |x| (Frobenius) of the finite elements. saturated: coded at the largest finite value.
+    flushed: not zero, coded zero. rounded_twice: decoded value changed by a second quantisation (None where there
+    was no first). scale_min, scale_max: of the tiles that have elements.
     """
     x, q = source.float(), quantised.decode()
     finite = torch.isfinite(x) & torch.isfinite(q)
     x, q = torch.where(finite, x, 0.0), torch.where(finite, q, 0.0)
     elements = x.numel()
     norm = x.norm()
-    largest = _codes_at_largest(quantised)
+    scales = _scales_in_use(quantised)
     return {
         "relative_rms": float((q - x).norm() / norm) if norm > 0 else 0.0,
-        "saturated": largest / elements,
+        "saturated": int((_magnitudes(quantised) == quantised.format.largest).sum()) / elements,
         "flushed": int(((q == 0) & (x != 0)).sum()) / elements,
         "rounded_twice": int((q != x).sum()) / elements if requantised else None,
         "nonfinite": int(quantised.nonfinite),
-        "scale_min": float(quantised.scales.min()),
-        "scale_max": float(quantised.scales.max()),
+        "scale_min": float(scales.min()),
+        "scale_max": float(scales.max()),
         "elements": elements,
     }
 
 
-def _codes_at_largest(quantised: TiledTensor) -> int:
-    ones = TiledTensor(
-        quantised.codes,
-        torch.ones_like(quantised.scales),
-        quantised.nonfinite,
-        quantised.tile,
-        quantised.format,
-        quantised.shape,
-        quantised.row_segment,
-        quantised.column_segment,
-        quantised.offsets,
-    )
-    return int((ones.decode().abs() == quantised.format.largest).sum())
+def _magnitudes(quantised: TiledTensor) -> Tensor:
+    """Magnitudes of the codes themselves, without their scales."""
+    return replace(quantised, scales=torch.ones_like(quantised.scales)).decode().abs()
+
+
+def _scales_in_use(quantised: TiledTensor) -> Tensor:
+    """The scales without the rows that no group of tokens reaches; those are 1 whatever the data (tiles.py)."""
+    offsets = quantised.offsets
+    if offsets is None or quantised.tile.rows != TILE:
+        return quantised.scales
+    rows = [
+        start // TILE + g + tile
+        for g, (start, end) in enumerate(pairwise(offsets.tolist()))
+        for tile in range(-(-(end - start) // TILE))
+    ]
+    return quantised.scales[rows]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from tessera.numerics import gemm
 from tessera.numerics.gemm import Operand
@@ -33,25 +35,28 @@ def weight_gradient(dy_columns: Operand, cached_x: Operand, role: Role) -> Tenso
 
 
 class LinearFunction(torch.autograd.Function):
-    """Saves the cached input operand; nothing in BF16 when the role is FP8."""
+    """Saves the cached input operand, through autograd; nothing in BF16 when the role is FP8."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor, weight: Weight) -> Tensor:
         operand = weight.role.input(x)
         ctx.weight, ctx.dtype = weight, x.dtype
-        ctx.cached = weight.role.input_cache(x, operand)
+        if ctx.needs_input_grad[1]:
+            leaves, ctx.cached = pytree.tree_flatten(weight.role.input_cache(x, operand))
+            ctx.save_for_backward(*leaves)
         return forward(operand, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         role = ctx.weight.role
         dy = dy.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(role.gradient_rows(dy), ctx.weight).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(role.gradient_columns(dy), ctx.cached, role)
-            dw = dw.view_as(ctx.weight.parameter)
+            cached = pytree.tree_unflatten(ctx.saved_tensors, ctx.cached)
+            dw = weight_gradient(role.gradient_columns(dy), cached, role).view_as(ctx.weight.parameter)
         return dx, dw, None
 
 
@@ -61,7 +66,7 @@ class Linear(nn.Module):
     Any leading shape; rows are tokens. The bias is added in FP32, before the cast to x's dtype.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, role: Role) -> None:
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None, role: Role) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
@@ -70,7 +75,7 @@ class Linear(nn.Module):
         self.operand = Weight(weight, role)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = LinearFunction.apply(x.reshape(-1, self.in_features), self.weight, self.operand)
+        y: Tensor = LinearFunction.apply(x.reshape(-1, self.in_features), self.weight, self.operand)
         if self.bias is not None:
             y = y.float() + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

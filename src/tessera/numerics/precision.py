@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 
 from tessera.numerics.formats import E4M3, E5M2, E5M6, Format
-from tessera.numerics.tiles import BLOCK, COLUMN, ROW, ROW_OF_TRANSPOSED, TENSOR, VECTOR, Tile
+from tessera.numerics.tiles import BLOCK, COLUMN, ROW, ROW_OF_TRANSPOSED, TENSOR, TILE, VECTOR, Tile
 
 
 class RoleKind(StrEnum):
@@ -81,6 +81,16 @@ TILES = {  # operand tiles: (input and gradient rows, weight, wgrad operands)
     "tensor": (TENSOR, TENSOR, TENSOR),
 }
 
+CHOICES = {
+    "precision": ("fp8", "bf16", "fp32"),
+    "scales": ("power_of_two", "float32", "deepseek-v3"),
+    "tiles": tuple(TILES),
+    "gradient_format": ("e4m3", "e5m2"),
+    "gradient_tiles": ("vector", "block"),
+    "rounding": ("nearest", "toward_zero"),
+    "accumulation": ("float32", "hopper", "hopper_unpromoted"),
+}
+
 # report, section 3.3.2: powers of two for these inputs, and for the gradient before the expert down projection
 POWER_OF_TWO_INPUTS = (RoleKind.ATTENTION_OUTPUT, RoleKind.EXPERT_GATE_UP)
 
@@ -99,12 +109,16 @@ class Policy:
     promotion_interval: int = 128
 
     def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
         if self.tiles == "block" and self.accumulation == "hopper_unpromoted":
-            raise ValueError("hopper_unpromoted needs scales that are constant along the contraction: tiles row or tensor")
-        if self.promotion_interval % 32 or self.tiles == "block" and self.promotion_interval > 128:
-            raise ValueError(
-                f"promotion_interval {self.promotion_interval}: a multiple of 32, at most 128 with block tiles"
-            )
+            raise ValueError("hopper_unpromoted needs scales constant along the contraction: tiles row or tensor")
+        if self.tiles != "block" and self.gradient_tiles == "block":
+            raise ValueError(f"gradient_tiles block: with tiles {self.tiles} gradients use these tiles too")
+        interval = self.promotion_interval
+        if interval < 32 or interval % 32 or (self.tiles == "block" and TILE % interval):
+            raise ValueError(f"promotion_interval {interval}: 32, 64 or 128 with block tiles, else a multiple of 32")
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -113,15 +127,12 @@ class Policy:
     def role(self, kind: RoleKind) -> Precision:
         """The Precision of one role."""
         vector, weight, column = TILES[self.tiles]
-        mode = "power_of_two" if self.scales == "deepseek-v3" else self.scales
-        input_mode = gradient_mode = weight_mode = mode
+        input_mode = gradient_mode = mode = self.scales
         if self.scales == "deepseek-v3":
-            weight_mode = "float32"
-            input_mode = "power_of_two" if kind in POWER_OF_TWO_INPUTS else "float32"
-            gradient_mode = "power_of_two" if kind is RoleKind.EXPERT_DOWN else "float32"
-        gradient = Quantisation(
-            E5M2 if self.gradient_format == "e5m2" else E4M3, vector, gradient_mode, self.rounding
-        )
+            mode = "float32"
+            input_mode = "power_of_two" if kind in POWER_OF_TWO_INPUTS else mode
+            gradient_mode = "power_of_two" if kind is RoleKind.EXPERT_DOWN else mode
+        gradient = Quantisation(E5M2 if self.gradient_format == "e5m2" else E4M3, vector, gradient_mode, self.rounding)
         columns = replace(gradient, tile=column)
         if self.gradient_tiles == "block":
             gradient, columns = replace(gradient, tile=BLOCK), replace(columns, tile=BLOCK)
@@ -129,15 +140,13 @@ class Policy:
         return Precision(
             operands=self.precision,
             input=operand,
-            weight=Quantisation(E4M3, weight, weight_mode, self.rounding),
+            weight=Quantisation(E4M3, weight, mode, self.rounding),
             gradient_rows=gradient,
             gradient_columns=columns,
             input_columns=replace(operand, tile=column),
             input_cache=(
-                Quantisation(E5M6, VECTOR, "power_of_two", self.rounding)
-                if kind is RoleKind.ATTENTION_OUTPUT
-                else None
+                Quantisation(E5M6, VECTOR, "power_of_two", self.rounding) if kind is RoleKind.ATTENTION_OUTPUT else None
             ),
-            gate_up_cache=Quantisation(E4M3, VECTOR, weight_mode, self.rounding),
+            gate_up_cache=Quantisation(E4M3, VECTOR, mode, self.rounding),
             accumulation=Accumulation(self.accumulation, self.promotion_interval),
         )

@@ -5,9 +5,11 @@ otherwise. So `ops` and `linear` are written once for the FP8 model and its BF16
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tessera.numerics.gemm import Operand
 from tessera.numerics.health import Recorder
@@ -43,21 +45,21 @@ class Role:
         decoded = x.decode()
         operand = self._quantise(decoded, target, 0, 0, offsets)
         # E5M6 to E4M3 rounds once more by nature; only E4M3 to E4M3 counts as rounding twice.
-        self.recorder.observe(
-            f"{self.name}.input_columns", decoded, operand, requantised=x.format == target.format
-        )
+        self.recorder.observe(f"{self.name}.input_columns", decoded, operand, requantised=x.format == target.format)
         return operand
 
     def gradient(
         self, dy: Tensor, *, column_segment: int = 0, offsets: Tensor | None = None
     ) -> tuple[Operand, Operand]:
         """dy [T, N] -> (dgrad operand in 1 x 128 tiles, wgrad operand in 128 x 1), both from the given dy."""
-        return self.gradient_rows(dy, column_segment), self.gradient_columns(dy, column_segment, offsets)
+        return self.gradient_rows(dy, column_segment, offsets), self.gradient_columns(dy, column_segment, offsets)
 
-    def gradient_rows(self, dy: Tensor, column_segment: int = 0) -> Operand:
-        return self._make("gradient_rows", dy, self.precision.gradient_rows, column_segment)
+    def gradient_rows(self, dy: Tensor, column_segment: int = 0, offsets: Tensor | None = None) -> Operand:
+        """dy [T, N] -> dgrad operand. `offsets` matter where the ablation's tiles span rows."""
+        return self._make("gradient_rows", dy, self.precision.gradient_rows, column_segment, offsets=offsets)
 
     def gradient_columns(self, dy: Tensor, column_segment: int = 0, offsets: Tensor | None = None) -> Operand:
+        """dy [T, N] -> wgrad operand; tiles restart at each group's first row."""
         target = self.precision.gradient_columns
         segment = column_segment if target.tile.columns > 1 else 0
         return self._make("gradient_columns", dy, target, segment, offsets=offsets)
@@ -102,23 +104,41 @@ class Role:
         )
 
 
+@dataclass
+class _OptimizerSteps:
+    """Steps taken in this process. torch's fused optimizers change parameters without counting it as a write, so
+    codes that trust the version counter alone would stay those of the first step, silently.
+    """
+
+    taken: int = 0
+
+    def count(self, *_: Any) -> None:
+        self.taken += 1
+
+
+_optimizer_steps = _OptimizerSteps()
+register_optimizer_step_post_hook(_optimizer_steps.count)
+
+
 class Weight:
     """A parameter as a GEMM operand: quantised (or cast) once after each optimizer step, then reused.
 
     Owns the operand, not the parameter. `operand()` refreshes when the parameter was written to or moved since;
-    so micro-batches, recomputation and evaluation share one quantisation.
+    so micro-batches, recomputation and evaluation share one quantisation. Writes are seen by autograd's version
+    counter and by the steps of torch's optimizers; in-place writes through `.data` are not seen.
+    Tiles restart every `row_segment` rows, or with each matrix of a 3-d parameter when it is 0.
     """
 
     def __init__(self, parameter: nn.Parameter, role: Role, row_segment: int = 0) -> None:
         self.parameter = parameter
         self.role = role
-        self.row_segment = row_segment
+        self.row_segment = row_segment or parameter.shape[-2]
         self._operand: Operand | None = None
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, int, int] | None = None
 
     def operand(self) -> Operand:
         """[G * N, K] of the parameter's current value; 3-d parameters [G, N, K] are flattened."""
-        now = (self.parameter._version, self.parameter.data_ptr())
+        now = (self.parameter._version, self.parameter.data_ptr(), _optimizer_steps.taken)
         if self._operand is None or now != self._seen or self.role.recorder.measuring:
             with torch.no_grad():
                 matrix = self.parameter.detach().flatten(0, -2)

@@ -4,10 +4,13 @@ A dataclass registered as a pytree, not a tensor subclass: what is stored is wri
 that a reader of the calling code does not see.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tessera.numerics import operators
 from tessera.numerics.formats import Format
@@ -33,7 +36,10 @@ class TiledTensor:
     offsets: Tensor | None = None
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[R, C] values fl(code * scale), rounded to `dtype` (exact in BF16 for power-of-two scales)."""
+        """[R, C] values fl(code * scale), rounded to `dtype`.
+
+        In BF16 this is exact for power-of-two scales, but for magnitudes at the end of its range (2^-126).
+        """
         values = operators.dequantise(
             self.codes,
             self.scales,
@@ -48,13 +54,19 @@ class TiledTensor:
         return values.to(dtype)
 
     def rows(self, index: Tensor) -> "TiledTensor":
-        """The rows `index` int64 [n], in that order; only for tiles one row high (a token's codes travel with it)."""
+        """The rows `index` int64 [n], in that order; only for tiles one row high (a token's codes travel with it).
+
+        `nonfinite` stays that of the whole matrix. Raises ValueError where rows share scales.
+        """
         if self.tile.rows != 1:
-            if self.tile.rows == 0 and self.scales.shape[0] == 1:
-                return replace(self, codes=self.codes[index], shape=(index.numel(), self.shape[1]))
+            if self.tile.rows == 0:
+                return replace(self, codes=self.codes.index_select(0, index), shape=(index.numel(), self.shape[1]))
             raise ValueError(f"rows of a tensor tiled {self.tile.rows}x{self.tile.columns} share scales")
         return replace(
-            self, codes=self.codes[index], scales=self.scales[index], shape=(index.numel(), self.shape[1])
+            self,
+            codes=self.codes.index_select(0, index),
+            scales=self.scales.index_select(0, index),
+            shape=(index.numel(), self.shape[1]),
         )
 
     @property
@@ -86,11 +98,22 @@ def quantise(
     codes, scales, nonfinite = operators.quantise(
         x, tile.rows, tile.columns, row_segment, column_segment, offsets, format.name, scale_mode, rounding
     )
-    return TiledTensor(codes, scales, nonfinite, tile, format, (x.shape[0], x.shape[1]), row_segment, column_segment, offsets)
+    shape = (x.shape[0], x.shape[1])
+    return TiledTensor(codes, scales, nonfinite, tile, format, shape, row_segment, column_segment, offsets)
 
 
-torch.utils._pytree.register_dataclass(  # type: ignore[attr-defined]
-    TiledTensor,
-    field_names=["codes", "scales", "nonfinite", "offsets"],
-    drop_field_names=["tile", "format", "shape", "row_segment", "column_segment"],
-)
+Facts = tuple[Tile, Format, tuple[int, int], int, int]
+
+
+def _flatten(q: TiledTensor) -> tuple[list[Tensor | None], Facts]:
+    facts = (q.tile, q.format, q.shape, q.row_segment, q.column_segment)
+    return [q.codes, q.scales, q.nonfinite, q.offsets], facts
+
+
+def _unflatten(tensors: Iterable[Any], facts: Facts) -> TiledTensor:
+    codes, scales, nonfinite, offsets = tensors
+    return TiledTensor(codes, scales, nonfinite, *facts, offsets)
+
+
+# Not register_dataclass: torch's does not keep the fields that are no tensors.
+pytree.register_pytree_node(TiledTensor, _flatten, _unflatten, serialized_type_name="tessera.numerics.TiledTensor")

@@ -51,8 +51,6 @@ def scale_shape(
     rows: int, columns: int, tile: Tile, row_segment: int = 0, column_segment: int = 0, groups: int = 0
 ) -> tuple[int, int]:
     """Shape of the scales of a [rows, columns] matrix; `groups` > 0 when `offsets` of groups + 1 entries are given."""
-    if groups and tile.rows > 1:
-        row_tiles = rows // tile.rows + groups
-    else:
-        row_tiles = tiles_along(rows, tile.rows, row_segment)
+    grouped = groups > 0 and tile.rows == TILE
+    row_tiles = rows // TILE + groups if grouped else tiles_along(rows, tile.rows, row_segment)
     return row_tiles, tiles_along(columns, tile.columns, column_segment)

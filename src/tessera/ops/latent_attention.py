@@ -71,9 +71,7 @@ class _LatentAttention(torch.autograd.Function):
         if keep:
             ctx.shape, ctx.output = shape, output
             save(ctx, q, kv, k_rope, rotation, mask, log_sum_exp, role.input_cache(out, operand))
-        return gemm.fprop(
-            operand, output.operand(), role.precision.accumulation, role.precision.activation_dtype
-        )
+        return gemm.fprop(operand, output.operand(), role.precision.accumulation, role.precision.activation_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

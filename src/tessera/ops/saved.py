@@ -33,9 +33,7 @@ def save(ctx: Any, *values: Saved) -> None:
     for value in values:
         if isinstance(value, TiledTensor):
             tensors += [value.codes, value.scales, value.nonfinite, value.offsets]
-            facts.append(
-                _Facts(value.tile, value.format, value.shape, value.row_segment, value.column_segment)
-            )
+            facts.append(_Facts(value.tile, value.format, value.shape, value.row_segment, value.column_segment))
         else:
             tensors.append(value)
             facts.append(None)
@@ -53,7 +51,5 @@ def load(ctx: Any) -> list[Any]:
             continue
         codes, scales, nonfinite, offsets = (next(tensors) for _ in range(4))
         tile, format, shape, row_segment, column_segment = fact
-        values.append(
-            TiledTensor(codes, scales, nonfinite, tile, format, shape, row_segment, column_segment, offsets)
-        )
+        values.append(TiledTensor(codes, scales, nonfinite, tile, format, shape, row_segment, column_segment, offsets))
     return values

@@ -52,9 +52,7 @@ def down_operands(
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, keep: bool, parameter: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, keep: bool, parameter: Tensor) -> Tensor:
         p = down.role.precision
         operand = down.role.input(activate(gate_up, None))
         if keep:

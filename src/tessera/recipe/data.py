@@ -38,15 +38,11 @@ class DataSection(Section):
         min_length=1,
         description="Folder for the trained tokenizer and the token shards; left out: data/ of the run.",
     )
-    sequence_length: int = Field(
-        ge=1, description="Tokens a sequence predicts (4096 in the report's main stage)."
-    )
+    sequence_length: int = Field(ge=1, description="Tokens a sequence predicts (4096 in the report's main stage).")
     batch_size: Schedule = Field(
         description="Sequences in a step, rounded to a multiple of training.micro_batch_size in between."
     )
-    validation_fraction: float = Field(
-        0.02, gt=0, lt=1, description="Share of the documents that is held out."
-    )
+    validation_fraction: float = Field(0.02, gt=0, lt=1, description="Share of the documents that is held out.")
     cross_document_attention: bool = Field(
         True, description="Attend across the documents packed in a sequence, as in the report; false: masked."
     )

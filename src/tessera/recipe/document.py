@@ -55,9 +55,7 @@ def document() -> str:
         if section := subtable(field):
             parts.append(f"## [{name}]\n\n{_first_line(section)}\n\n{_table(section)}")
             if section is not None and RopeScaling in map(subtable, keys(section).values()):
-                parts.append(
-                    f"### [{name}.rope_scaling]\n\n{_first_line(RopeScaling)}\n\n{_table(RopeScaling)}"
-                )
+                parts.append(f"### [{name}.rope_scaling]\n\n{_first_line(RopeScaling)}\n\n{_table(RopeScaling)}")
     parts.append(f"{_SCHEDULE}\n{_table(Segment)}")
     return "\n".join(parts)
 

@@ -18,15 +18,9 @@ class RopeScaling(Section):
 
     type: Literal["yarn"] = Field("yarn", description="The only method.")
     factor: float = Field(ge=1, description="How many times the original context is stretched (40 in V3).")
-    original_max_position_embeddings: int = Field(
-        ge=1, description="Context before the stretch (4096 in V3)."
-    )
-    beta_fast: float = Field(
-        32.0, gt=0, description="Rotations in the original context above which a frequency stays."
-    )
-    beta_slow: float = Field(
-        1.0, gt=0, description="Rotations below which a frequency is divided by the factor."
-    )
+    original_max_position_embeddings: int = Field(ge=1, description="Context before the stretch (4096 in V3).")
+    beta_fast: float = Field(32.0, gt=0, description="Rotations in the original context above which a frequency stays.")
+    beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is divided by the factor.")
     mscale: float = Field(
         1.0,
         ge=0,
@@ -55,9 +49,7 @@ class ModelSection(Section):
     num_hidden_layers: int = Field(ge=1, description="Transformer layers, without MTP blocks (61 in V3).")
     num_attention_heads: int = Field(ge=1, description="Attention heads (128 in V3).")
     n_routed_experts: int = Field(ge=2, description="Routed experts in a MoE layer (256 in V3).")
-    num_experts_per_tok: int = Field(
-        ge=1, description="Routed experts that a token passes through (8 in V3)."
-    )
+    num_experts_per_tok: int = Field(ge=1, description="Routed experts that a token passes through (8 in V3).")
     n_shared_experts: int = Field(
         1, ge=0, description="Experts every token passes through, built as one MLP of their summed width."
     )
@@ -66,12 +58,8 @@ class ModelSection(Section):
     )
     n_group: int = Field(1, ge=1, description="Groups the routed experts are split into, in order (8 in V3).")
     topk_group: int = Field(1, ge=1, description="Groups a token may use (4 in V3).")
-    routed_scaling_factor: float = Field(
-        1.0, gt=0, description="Factor on the normalised routing weights (2.5 in V3)."
-    )
-    norm_topk_prob: bool = Field(
-        True, description="Divide a token's routing weights by their sum before the factor."
-    )
+    routed_scaling_factor: float = Field(1.0, gt=0, description="Factor on the normalised routing weights (2.5 in V3).")
+    norm_topk_prob: bool = Field(True, description="Divide a token's routing weights by their sum before the factor.")
     scoring_func: Literal["sigmoid"] = Field("sigmoid", description="From router logits to affinities.")
     topk_method: Literal["noaux_tc"] = Field(
         "noaux_tc", description="Selection by affinity plus a balancing bias, within the best groups."
@@ -80,9 +68,7 @@ class ModelSection(Section):
     q_lora_rank: Annotated[int | None, BeforeValidator(_zero_is_none)] = Field(
         None, ge=1, description="Width of the queries' latent (1536 in V3); 0 or left out: queries have none."
     )
-    qk_nope_head_dim: int = Field(
-        ge=1, description="Width of a head's query and key without position (128 in V3)."
-    )
+    qk_nope_head_dim: int = Field(ge=1, description="Width of a head's query and key without position (128 in V3).")
     qk_rope_head_dim: int = Field(
         ge=2, description="Width of the rotary part; its key is shared by all heads (64 in V3)."
     )
@@ -101,9 +87,7 @@ class ModelSection(Section):
     rms_norm_eps: float = Field(1e-6, gt=0, description="Added to the mean square in every RMSNorm.")
     hidden_act: Literal["silu"] = Field("silu", description="Activation of the gated MLPs.")
     attention_bias: Literal[False] = Field(False, description="The attention's linears have no bias.")
-    tie_word_embeddings: Literal[False] = Field(
-        False, description="Embedding and head are separate matrices."
-    )
+    tie_word_embeddings: Literal[False] = Field(False, description="Embedding and head are separate matrices.")
 
     @property
     def qk_head_dim(self) -> int:

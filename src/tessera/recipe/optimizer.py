@@ -17,12 +17,8 @@ class OptimizerSection(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, times the learning rate.")
-    gradient_clip: float = Field(
-        1.0, gt=0, description="Largest norm of the whole gradient; above it is scaled down."
-    )
-    moments: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Storage of both moments; bf16 needs beta2 <= 0.99."
-    )
+    gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; above it is scaled down.")
+    moments: Literal["bf16", "fp32"] = Field("bf16", description="Storage of both moments; bf16 needs beta2 <= 0.99.")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.moments == "bf16" and self.beta2 > 0.99:

@@ -74,9 +74,7 @@ def _allowed(root: type[BaseModel], path: Sequence[str | int]) -> str:
 
 def _unknown(root: type[BaseModel], path: Sequence[str | int], value: Any) -> str:
     section = isinstance(value, Mapping)
-    said = (
-        f"[{dotted(path)}]: unknown section" if section else f"{dotted(path)} = {_shown(value)}: unknown key"
-    )
+    said = f"[{dotted(path)}]: unknown section" if section else f"{dotted(path)} = {_shown(value)}: unknown key"
     if suggestion := nearest(root, path):
         meant = find(root, suggestion.split("."))
         is_section = section and meant is not None and subtable(meant)

@@ -33,9 +33,7 @@ def _folder_name(name: str) -> str:
 class Recipe(Section):
     """One run: its model, numerics, data, optimizer and training."""
 
-    schema_version: int = Field(
-        SCHEMA, alias="schema", ge=1, le=SCHEMA, description="Version of this vocabulary."
-    )
+    schema_version: int = Field(SCHEMA, alias="schema", ge=1, le=SCHEMA, description="Version of this vocabulary.")
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
         description="Name of the run and of its folder: letters, digits, . _ - and blanks; default: the file's name.",
     )
@@ -59,9 +57,7 @@ class Recipe(Section):
 
     def total_tokens(self) -> int:
         """Tokens that the whole run predicts: the sum of its batches times the sequence length."""
-        return self.data.sequence_length * sum(
-            self.batch_size_at(step) for step in range(self.training.steps)
-        )
+        return self.data.sequence_length * sum(self.batch_size_at(step) for step in range(self.training.steps))
 
     def notes(self) -> list[str]:
         """Sentences that the author of this recipe should read; see `tessera.recipe.notes`."""

@@ -62,6 +62,9 @@ def describe(field: FieldInfo) -> str:
 def nearest(root: type[BaseModel], path: Path) -> str | None:
     """The dotted key that an unknown path most likely means: a sibling if one is close, else any other."""
     parent, unknown = path[:-1], str(path[-1])
+    places = {leaf.rsplit(".", 1)[-1]: leaf for leaf in _leaves(root)}
+    if unknown in places:  # the right key in the wrong section
+        return places[unknown]
     table: type[BaseModel] | None = root
     if parent:
         field = find(root, parent)
@@ -69,7 +72,6 @@ def nearest(root: type[BaseModel], path: Path) -> str | None:
     siblings = list(keys(table)) if table else []
     if close := difflib.get_close_matches(unknown, siblings, n=1):
         return dotted([*parent, close[0]])
-    places = {leaf.rsplit(".", 1)[-1]: leaf for leaf in _leaves(root)}
     if close := difflib.get_close_matches(unknown, list(places), n=1):
         return places[close[0]]
     return None
@@ -79,13 +81,7 @@ def dotted(path: Path) -> str:
     """A path as it is written in messages: `optimizer.learning_rate[1].steps`."""
     text = ""
     for part in path:
-        text += (
-            f"[{part}]"
-            if isinstance(part, int)
-            else f".{toml_writer.key(part)}"
-            if text
-            else toml_writer.key(part)
-        )
+        text += f"[{part}]" if isinstance(part, int) else f".{toml_writer.key(part)}" if text else toml_writer.key(part)
     return text
 
 

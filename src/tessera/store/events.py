@@ -142,9 +142,7 @@ def read_events(path: Path, *kinds: str) -> Iterator[dict[str, Any]]:
         with open(path, "rb") as file:
             torn = 0
             for number, line in enumerate(file, start=1):
-                if not line.endswith(
-                    b"\n"
-                ):  # the last one; do not read on, its rest may arrive at any moment
+                if not line.endswith(b"\n"):  # the last one; do not read on, its rest may arrive at any moment
                     return
                 if torn:
                     raise UserError(

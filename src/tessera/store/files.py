@@ -72,9 +72,7 @@ def sha256_file(path: Path) -> str:
 def unwritable(path: Path, error: OSError) -> UserError:
     """What a user is told when `path` cannot be written."""
     advice = _ADVICE.get(error.errno or 0)
-    return UserError(
-        f"{path}: cannot be written: {error.strerror or error}" + (f"; {advice}" if advice else "")
-    )
+    return UserError(f"{path}: cannot be written: {error.strerror or error}" + (f"; {advice}" if advice else ""))
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

@@ -11,7 +11,6 @@ Every arm is a process with one thread of its own; the same-weights criteria sta
 The work is resumable: what a folder has finished is not done again.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch
 from tessera.data import Dataset, WittenBellBigram, prepare
 from tessera.recipe import Recipe, UserError, load_recipe
 from tessera.store import RunFolder, read_events, write_atomic
+from tessera.store.json_text import check_schema, dumps, read_object
 from tessera.training import same_weights, verdict
 from tessera.training.arms import arm_recipe, control_seed, is_control
 from tessera.training.jobs import Emit, Job, run_jobs
@@ -31,7 +31,7 @@ from tessera.training.same_weights import SameWeights, Yardstick, gradient_error
 from tessera.training.trainer import Trainer
 
 SCHEMA = 1
-# Without training, on the BF16 arm's final weights. The accumulation model is slow on a CPU: one short batch, on request.
+# Measured on the BF16 arm's final weights, not trained. Hopper's accumulation is slow on a CPU: on request only.
 ABLATIONS = (
     "float32-scales",
     "deepseek-v3-scales",
@@ -105,21 +105,25 @@ def open_comparison(
     folder: Path, controls: int | None = None, ablations: Sequence[str] | None = None, accumulation: bool = False
 ) -> Comparison:
     """The comparison in a folder, to go on with; more controls and ablations may be asked for than before."""
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no comparison to go on with; it has no comparison.json")
+    plan = read_object(path)
+    check_schema(path, plan.get("schema"), SCHEMA)
     try:
-        plan = json.loads((folder / "comparison.json").read_text())
-        recipe = load_recipe(folder / "recipe.toml")
-        found = Comparison(
-            folder, recipe, tuple(plan["arms"]), plan["controls"], tuple(plan["ablations"]), plan["accumulation"]
+        arms, found_ablations = tuple(plan["arms"]), tuple(plan["ablations"])
+        known = Comparison(
+            folder, load_recipe(folder / "recipe.toml"), arms, plan["controls"], found_ablations, plan["accumulation"]
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no comparison to go on with: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what a comparison writes: {error}; put a copy back") from None
     grown = replace(
-        found,
-        controls=max(found.controls, controls or 0),
-        ablations=tuple(dict.fromkeys((*found.ablations, *(ablations or ())))),
-        accumulation=found.accumulation or accumulation,
+        known,
+        controls=max(known.controls, controls or 0),
+        ablations=tuple(dict.fromkeys((*known.ablations, *(ablations or ())))),
+        accumulation=known.accumulation or accumulation,
     )
-    if grown != found:
+    if grown != known:
         _write_json(folder / "comparison.json", _plan(grown))
     return grown
 
@@ -148,10 +152,15 @@ def run(
     """
     started = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // workers)
-    trained = [Job(arm, train_arm, (comparison, arm, threads)) for arm in comparison.trained]
-    jobs = [*trained[:2], Job("evaluation", evaluate, (comparison, threads), after=("bf16",)), *trained[2:]]
+    jobs = [
+        Job(arm, train_arm, (comparison, arm, threads)) for arm in comparison.trained if not _finished(comparison, arm)
+    ]
+    figures = _kept_figures(comparison)
+    if figures is None:
+        after = ("bf16",) if jobs and jobs[0].name == "bf16" else ()
+        jobs.insert(2, Job("evaluation", evaluate, (comparison, threads), after))
     results = run_jobs(jobs, workers, observer)
-    summary = summarise(comparison, results["evaluation"])
+    summary = summarise(comparison, figures or results["evaluation"])
     if sampler is not None:
         summary["sample"] = sampler(comparison.run_path("fp8"))
     summary["seconds"] = time.monotonic() - started
@@ -170,8 +179,6 @@ def train_arm(comparison: Comparison, arm: str, threads: int, emit: Emit) -> str
     latest = None
     if (path / "run.json").is_file():
         run_folder = RunFolder.open(path)
-        if run_folder.state()["state"] == "finished":
-            return "finished"
         latest = run_folder.latest_checkpoint()
     else:
         run_folder = RunFolder.create(path, recipe)
@@ -190,12 +197,8 @@ def evaluate(comparison: Comparison, threads: int, emit: Emit) -> dict[str, Any]
     """The same-weights figures and the bigram's, from the BF16 arm's checkpoints; kept in evaluation/."""
     torch.set_num_threads(threads)
     recipe, dataset = comparison.recipe, comparison.dataset()
-    arms = [arm for arm in comparison.arms if arm not in ("fp8", "bf16")]
-    rows = list(dict.fromkeys((*arms, *comparison.ablations)))
-    path = comparison.folder / "evaluation" / "same_weights.json"
-    asked = {"ablations": rows, "accumulation": comparison.accumulation}
-    if path.is_file() and (kept := json.loads(path.read_text())).get("asked") == asked:
-        return kept
+    asked = _asked(comparison)
+    rows = asked["ablations"]
     judge = SameWeights(recipe, held_out(dataset, recipe, same_weights.NUM_BATCHES))
     steps = same_weights.milestones(recipe.training.steps)
     batches = len(judge.batches)
@@ -234,8 +237,29 @@ def evaluate(comparison: Comparison, threads: int, emit: Emit) -> dict[str, Any]
         judge.load(run_folder.checkpoints_path / f"step-{steps[-1]}")
         figures["ablations"] |= _accumulation(judge)
     figures["bigram_bits_per_byte"] = bigram_bits_per_byte(dataset, recipe)
-    _write_json(path, figures)
+    _write_json(_figures_path(comparison), figures)
     return figures
+
+
+def _asked(comparison: Comparison) -> dict[str, Any]:
+    arms = [arm for arm in comparison.arms if arm not in ("fp8", "bf16")]
+    return {"ablations": list(dict.fromkeys((*arms, *comparison.ablations))), "accumulation": comparison.accumulation}
+
+
+def _figures_path(comparison: Comparison) -> Path:
+    return comparison.folder / "evaluation" / "same_weights.json"
+
+
+def _kept_figures(comparison: Comparison) -> dict[str, Any] | None:
+    """The same-weights figures of an earlier sitting, where they are what is asked for now."""
+    path = _figures_path(comparison)
+    figures = read_object(path) if path.is_file() else {}
+    return figures if figures.get("asked") == _asked(comparison) else None
+
+
+def _finished(comparison: Comparison, arm: str) -> bool:
+    path = comparison.run_path(arm)
+    return (path / "run.json").is_file() and RunFolder.open(path).state()["state"] == "finished"
 
 
 def held_out(dataset: Dataset, recipe: Recipe, number: int) -> list[Any]:
@@ -359,4 +383,4 @@ def summarise(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, dumps(value, indent=1) + "\n")

@@ -6,6 +6,7 @@ Ctrl-C or SIGTERM the jobs are asked to end (training finishes its step and keep
 """
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -52,7 +53,11 @@ def run_jobs(jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[st
                     waiting.remove(job)
                     mine, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_child, args=(theirs, job.target, job.arguments), name=job.name)
+                    # Ctrl-C reaches every process of a terminal; the jobs are to hear of it from us alone, once they
+                    # are able to answer, so SIGINT stays blocked in them.
+                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                     process.start()
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     theirs.close()
                     running[job.name] = (process, mine)
                 for name in _readable(running):

@@ -22,7 +22,7 @@ from tessera.model import Transformer
 from tessera.model.weights import read_weights
 from tessera.numerics import Policy, Recorder
 from tessera.ops.chunked_loss import IGNORED
-from tessera.recipe import Recipe
+from tessera.recipe import Recipe, UserError
 from tessera.store import EventWriter, RunFolder
 from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
@@ -50,7 +50,16 @@ class Trainer:
         milestones: Collection[int] = (),
         observer: Observer = lambda event: None,
     ) -> None:
-        """A fresh run at step 0. `milestones` are steps whose checkpoints are written and never removed."""
+        """A fresh run at step 0. `milestones` are steps whose checkpoints are written and never removed.
+
+        Raises UserError for numerics that have a forward pass only.
+        """
+        numerics = recipe.numerics
+        if numerics.precision == "fp8" and numerics.tiles == "row" and numerics.accumulation != "float32":
+            raise UserError(
+                f'numerics.tiles = "row" with accumulation = "{numerics.accumulation}" has no backward pass: the scales '
+                'of W vary along the contraction of dgrad; train with tiles = "block" or "tensor"'
+            )
         self.recipe, self.run_folder, self.dataset = recipe, run, dataset
         self.device, self.arm, self.milestones = torch.device(device), arm, frozenset(milestones)
         self.observer = observer
@@ -74,6 +83,11 @@ class Trainer:
         """The run of `run`, at the checkpoint `path`; `options` as in the constructor."""
         trainer = cls(run.recipe(), run, dataset, **options)
         state = checkpoint.read_state(path)
+        if state["data"] != dataset.facts["digest"]:
+            raise UserError(
+                f"{path}: trained on other text than data.source holds now (a newer Python brings another standard "
+                "library); put the text back, or begin a new stage with --from"
+            )
         read_weights(path, trainer.model)
         checkpoint.read_optimizer(path, trainer.optimizer, state["optimizer_steps"])
         trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
@@ -242,6 +256,7 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "event_offset": self._events.offset,
+            "data": self.dataset.facts["digest"],
         }
         path = checkpoint.save(
             self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts

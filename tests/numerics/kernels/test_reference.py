@@ -160,9 +160,7 @@ def test_float32_scales_whose_reciprocal_overflows_fall_back_to_the_power_of_two
         ("e5m6", 1.99, 2.0**-14, 0x77F),  # m > 1.984375: k = -14; 1.99 * 2^14 -> 1.984375 * 2^14
     ],
 )
-def test_other_formats_replace_448_by_their_largest_value(
-    format: str, amax: float, scale: float, code: int
-) -> None:
+def test_other_formats_replace_448_by_their_largest_value(format: str, amax: float, scale: float, code: int) -> None:
     codes, scales, _ = quantise(row(amax), 1, 128, 0, 0, None, format, "power_of_two", "nearest")
     assert scales.tolist() == [[scale]]
     assert int.from_bytes(bytes(codes[0].tolist()), "little") == code
@@ -186,9 +184,7 @@ def test_decoding_is_one_float32_product_and_may_overflow_beside_the_largest_flo
     largest = 3.4028234663852886e38  # k = 120; 255.99.. rounds to 256, and 256 * 2^120 is beyond float32
     codes, scales, _ = quantise(row(largest, 2.0**127), 1, 128, 0, 0, None, "e4m3", "power_of_two", "nearest")
     assert dequantise(codes, scales, 1, 128, 0, 0, None, "e4m3", 2).tolist() == [[INF, 2.0**127]]
-    third = torch.tensor(
-        [[1 / 3]]
-    )  # fl(1/3) = 11184811 * 2^-25; times 1.875 = 20971520.6 * 2^-25 -> 20971520
+    third = torch.tensor([[1 / 3]])  # fl(1/3) = 11184811 * 2^-25; times 1.875 = 20971520.6 * 2^-25 -> 20971520
     product = dequantise(torch.tensor([[0x3F]], dtype=torch.uint8), third, 1, 128, 0, 0, None, "e4m3", 1)
     assert product.item() == 20971520 * 2.0**-25
 
@@ -358,9 +354,7 @@ def test_the_accumulator_is_a_term_of_the_next_instruction() -> None:
     assert dot(eight, eight, *padding[1:], large) == 200720.0
     # The other way: an accumulator of 8 + 1 is cut by a large product (unit 8).
     assert dot(eight, ONE, *padding[1:], large, eight) == 200720.0
-    assert (
-        dot((-1.0, 8.0), (-1.0, 1.0), *padding[1:], large) == 200704.0 - 16
-    )  # 200696 has 18 bits: cut to 200688
+    assert dot((-1.0, 8.0), (-1.0, 1.0), *padding[1:], large) == 200704.0 - 16  # 200696 has 18 bits: cut to 200688
     # A zero instruction leaves it alone.
     assert dot((1.0, 1.125), *padding, *[ZERO] * 32) == 1.125
 
@@ -394,9 +388,7 @@ def test_float32_products_agree_with_float64(
 def test_scales_that_vary_inside_a_block_are_decoded_before_the_sum_and_refused_by_the_tensor_core() -> None:
     generator = torch.Generator().manual_seed(5)
     tiles = (VECTOR, Tile(1, 0))  # W in row tiles, contracted over its rows
-    problem = oracle.problem_of(
-        "dgrad", [3], 150, 4, lambda r, c: torch.randn(r, c, generator=generator), tiles
-    )
+    problem = oracle.problem_of("dgrad", [3], 150, 4, lambda r, c: torch.randn(r, c, generator=generator), tiles)
     assert oracle.relative_norm(problem.run(oracle.reference), problem.exact()) < 1e-7
     with pytest.raises(ValueError, match="scale varies"):
         oracle.replace(problem, accumulation="hopper").run(oracle.reference)

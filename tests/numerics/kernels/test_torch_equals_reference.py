@@ -92,9 +92,7 @@ def test_nonfinite_and_zero_tiles_follow_the_law(format: str, mode: str) -> None
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 @pytest.mark.parametrize("shape", [(1, 1), (1, 127), (1, 129), (5, 300), (127, 3)], ids=str)
-def test_any_small_shape_tile_mode_and_dtype_follows_the_law(
-    shape: tuple[int, int], tile: Tile, format: str
-) -> None:
+def test_any_small_shape_tile_mode_and_dtype_follows_the_law(shape: tuple[int, int], tile: Tile, format: str) -> None:
     x = oracle.unruly(*shape, seed=sum(shape))
     for mode, rounding, dtype in itertools.product(MODES, ROUNDINGS, (torch.float32, torch.bfloat16)):
         assert_quantises_as_the_law(kernel, x.to(dtype), Layout(tile), format, mode, rounding)
@@ -109,6 +107,35 @@ def test_ragged_shapes_of_several_tiles_follow_the_law(shape: tuple[int, int], t
     if shape == (130, 131):
         assert_quantises_as_the_law(kernel, x, Layout(tile), "e5m6")
         assert_quantises_as_the_law(kernel, x.T, Layout(tile), "e5m2", "float32")  # not contiguous
+
+
+@pytest.mark.parametrize("exponent", [-126, -30, 0, 119])
+def test_every_bf16_number_that_a_tile_can_hold_gets_the_code_of_the_law(exponent: int) -> None:
+    bits = torch.arange(0x7F80, dtype=torch.int16)
+    amax = torch.tensor(448.0 * 2.0**exponent).bfloat16()
+    values = bits.view(torch.bfloat16)
+    values = values[values <= amax]
+    values = torch.cat([values, -values, values.new_zeros(-2 * len(values) % 127)]).view(-1, 127)
+    x = torch.cat([amax.expand(len(values), 1), values], dim=1)
+    for format in ("e4m3", "e5m6"):
+        assert_quantises_as_the_law(kernel, x, Layout(VECTOR), format)
+    assert_quantises_as_the_law(kernel, x[::3], Layout(VECTOR), "e4m3", "float32")
+    assert_quantises_as_the_law(kernel, x[::3], Layout(VECTOR), "e4m3", "power_of_two", "toward_zero")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_code_is_decoded_exactly_under_any_scale(format: str) -> None:
+    powers = [-149, -133, -127, -126, -50, -1, 0, 1, 6, 7, 8, 14, 15, 16, 100, 119, 127]
+    scales = torch.tensor([2.0**k for k in powers] + [1 / 3, 3.4e38, 1.1754942e-38])[:, None]
+    if format == "e5m6":
+        codes = torch.arange(4096, dtype=torch.int16).view(1, -1)
+        codes = kernel.pack(codes)
+    else:
+        codes = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    columns = 4096 if format == "e5m6" else 256
+    for some in (scales, scales[:9], scales[9:]):  # largest scales alone and beside small ones
+        arguments = (codes.expand(len(some), -1).contiguous(), some, 1, 0, 0, 0, None, format, columns)
+        assert same_bits(kernel.dequantise(*arguments), reference.dequantise(*arguments))
 
 
 LAYOUTS = {
@@ -171,9 +198,7 @@ def test_tensor_core_products_of_quantised_data_are_bit_equal(shape: str, kind: 
 
 
 @pytest.mark.parametrize("scales", ["powers", "floats", "tiny"])
-@pytest.mark.parametrize(
-    "codes", [FINITE_E4M3, SUBNORMAL_HEAVY, list(range(256))], ids=["all", "small", "nan"]
-)
+@pytest.mark.parametrize("codes", [FINITE_E4M3, SUBNORMAL_HEAVY, list(range(256))], ids=["all", "small", "nan"])
 def test_tensor_core_products_of_random_codes_are_bit_equal(codes: list[int], scales: str) -> None:
     generator = torch.Generator().manual_seed(12)
     for kind, tokens in itertools.product(KINDS, ([5], [3, 2, 129])):
@@ -214,9 +239,7 @@ WHOLE_TILES = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "a", "b"), WHOLE_TILES, ids=str)
-def test_scales_constant_along_the_contraction_take_any_interval(
-    kind: str, a: Tile, b: Tile, mode: str
-) -> None:
+def test_scales_constant_along_the_contraction_take_any_interval(kind: str, a: Tile, b: Tile, mode: str) -> None:
     tokens, n, k = {"fprop": ([3], 4, 600), "dgrad": ([3], 600, 4), "wgrad": ([1, 0, 600], 3, 4)}[kind]
     problem = problem_of(kind, tokens, n, k, Draw(2, "same_sign"), (a, b), scale_mode=mode, kernel=kernel)
     for interval in (32, 128, 256):
@@ -264,9 +287,7 @@ def test_a_scale_that_varies_inside_a_block_is_refused_by_the_tensor_core() -> N
     for accumulation in ("hopper", "hopper_unpromoted"):
         with pytest.raises(ValueError):
             replace(problem, accumulation=accumulation).run(kernel)
-    unpromoted = replace(
-        problem_of("fprop", [3], 4, 300, Draw(4), kernel=kernel), accumulation="hopper_unpromoted"
-    )
+    unpromoted = replace(problem_of("fprop", [3], 4, 300, Draw(4), kernel=kernel), accumulation="hopper_unpromoted")
     with pytest.raises(ValueError):
         unpromoted.run(kernel)
 
@@ -409,9 +430,7 @@ def rows_of(problem: Problem, rows: slice) -> Problem:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), [(96, 128), (128, 96), (33, 704), (704, 130)], ids=str)
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_a_row_does_not_depend_on_how_many_rows_it_shares(
-    kind: str, n: int, k: int, dtype: torch.dtype
-) -> None:
+def test_a_row_does_not_depend_on_how_many_rows_it_shares(kind: str, n: int, k: int, dtype: torch.dtype) -> None:
     problem = problem_of(kind, [ROWS[-1]], n, k, Draw(15), scale_mode="float32", kernel=kernel)
     problem = replace(problem, out_dtype=dtype)
     whole = problem.run(kernel)
@@ -450,9 +469,7 @@ def test_groups_do_not_depend_on_each_other_or_on_their_order(kind: str, dtype: 
         """Results of the groups `order`, laid out and multiplied in this order."""
         operands = iter([torch.cat([a[g] for g in order]), torch.cat([b[g] for g in order])])
         taken = [sizes[g] for g in order]
-        problem = problem_of(
-            kind, taken, n, k, lambda r, c: next(operands), scale_mode="float32", kernel=kernel
-        )
+        problem = problem_of(kind, taken, n, k, lambda r, c: next(operands), scale_mode="float32", kernel=kernel)
         result = replace(problem, out_dtype=dtype).run(kernel)
         return list(result.split([n] * len(order) if kind == "wgrad" else taken))
 

@@ -20,8 +20,8 @@ Every backend is a module with the same three functions; native ones slot in bes
         kind "dgrad": A = dY [T, N], B = W [G * N, K]       -> dX [T, K]: contraction over n, same codes as fprop
         kind "wgrad": A = dY [T, N], B = X [T, K]           -> dW [G * N, K]: contraction over the tokens of a group
         offsets int64 [G + 1] or None (G = 1): rows offsets[g] .. offsets[g + 1] of A (and of X in wgrad) belong to
-        group g. `segment`: tiles of W's rows, and so of dY's columns in dgrad, restart every `segment` (0: never;
-        always N at least when G > 1).
+        group g; tiles 128 rows high restart with them. `segment`: tiles of W's rows, and so of dY's columns in dgrad
+        and wgrad, restart every `segment` (0: never; always N at least when G > 1).
         accumulation "float32": a float32 sum for each block of 128 of the contraction, y = fma(s_a * s_b, p, y),
         blocks in order; where a scale varies inside a block (row tiles read along their other direction), the sum
         is over decoded values. "hopper": the tensor-core model, promoted every `interval` elements.

@@ -10,7 +10,8 @@ All terms fit float32: 33 of them, each below 2^15 units, sum below 2^24. Promot
 s_a * s_b * accumulator to a float32 result with one rounding (DeepSeek-V3 report, section 3.3.2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def hopper_matmul(
     b: Tensor,
     b_scales: Tensor,
     formats: tuple[Format, Format],
-    indices: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    indices: Sequence[tuple[Tensor, Tensor]],
     segment: int,
     offsets: Tensor | None,
     interval: int,
@@ -43,7 +44,7 @@ def hopper_matmul(
     bounds = [0, a.shape[0]] if offsets is None else offsets.tolist()
     groups = len(bounds) - 1
     results = []
-    for g, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for g, (start, end) in enumerate(pairwise(bounds)):
         a_g, a_index = a[start:end], a_rows[start:end]
         if kind == "wgrad":
             left = (a_g.t(), a_scales[a_index][:, a_columns].t())
@@ -56,7 +57,7 @@ def hopper_matmul(
             lengths = [a.shape[1]]
             if kind == "dgrad":
                 right = (right[0].t(), right[1].t())
-                if segment:
+                if segment and interval:
                     lengths = [segment] * (a.shape[1] // segment)
         results.append(_contract(*left, *right, lengths, formats, interval))
     return torch.cat(results)
@@ -74,12 +75,18 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     lost = (product - (total - shadow)) + (c - shadow)
     bits = total.view(torch.int64)
     toward = torch.where((lost > 0) == (total > 0), bits, bits - 1)  # truncated magnitude of the exact sum
-    odd = torch.where(lost != 0, toward | 1, bits)
+    odd = torch.where(lost.abs() > 0, toward | 1, bits)  # not where an infinity made `lost` NaN
     return odd.view(torch.float64).float()
 
 
 def _contract(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, lengths: list[int], formats: tuple[Format, Format], interval: int
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    lengths: list[int],
+    formats: tuple[Format, Format],
+    interval: int,
 ) -> Tensor:
     """a, a_scale [M, L], b, b_scale [N, L] -> float32 [M, N]; the contraction falls into segments of `lengths`."""
     result = a.new_zeros(a.shape[0], b.shape[0])

@@ -1,98 +1,133 @@
-"""Seeing a matrix as tiles, and back: the index arithmetic that the vectorised kernels share.
+"""Seeing a matrix as tiles: the index arithmetic that the vectorised kernels share.
 
-[R, C] becomes [row tiles, tile height, column tiles, tile width]. Where a segment or a group is no multiple of 128
-the missing elements are zeros, which change neither an amax nor a product. Whole matrices that divide evenly are
-views; nothing is copied.
+Along one direction, tiles of one extent at regular distances form a `Span`: the whole tiles of all segments are one,
+their ragged tails another, and each group of rows brings its own two. Two spans, one a direction, cut a `Piece` out
+of the matrix: a strided view [segments, tiles, height, segments, tiles, width], in which one scale is constant over
+the third and the last dimension. Nothing is padded or copied, however ragged the matrix.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
-from tessera.numerics.tiles import TILE
+from tessera.numerics.tiles import TILE, Tile, scale_shape
 
 
-def to_tiles(
-    x: Tensor, tile_rows: int, tile_columns: int, row_segment: int, column_segment: int, offsets: Tensor | None
-) -> Tensor:
-    """x [R, C] -> [row tiles, height, column tiles, width], padded with zeros."""
-    rows, columns = x.shape
-    if tile_rows == TILE and offsets is not None:
-        groups = offsets.numel() - 1
-        padded = x.new_zeros((rows // TILE + groups) * TILE, columns)
-        x = padded.index_copy_(0, _padded_position(rows, offsets), x)
-    else:
-        x = _split(x, 0, tile_rows, row_segment)
-    height = 1 if tile_rows == 1 else _tile_extent(rows, tile_rows, row_segment, offsets)
-    x = _split(x, 1, tile_columns, column_segment)
-    width = 1 if tile_columns == 1 else _tile_extent(columns, tile_columns, column_segment, None)
-    return x.reshape(x.shape[0] // height if height else 1, height, x.shape[1] // width if width else 1, width)
+@dataclass(frozen=True)
+class Span:
+    """`segments` x `tiles` tiles of `extent` elements along one direction.
+
+    Tile j of segment i begins at element start + i * stride + j * extent and has the scale with index
+    scale_start + i * scale_stride + j.
+    """
+
+    start: int
+    segments: int
+    stride: int
+    tiles: int
+    extent: int
+    scale_start: int
+    scale_stride: int
 
 
-def from_tiles(
-    tiles: Tensor,
-    rows: int,
-    columns: int,
-    tile_rows: int,
-    tile_columns: int,
-    row_segment: int,
-    column_segment: int,
-    offsets: Tensor | None,
-) -> Tensor:
-    """Inverse of `to_tiles`: [R, C], contiguous."""
-    x = tiles.flatten(2, 3).flatten(0, 1)
-    if tile_rows == TILE and offsets is not None:
-        x = x.index_select(0, _padded_position(rows, offsets))
-    else:
-        x = _join(x, 0, rows, tile_rows, row_segment)
-    return _join(x, 1, columns, tile_columns, column_segment).contiguous()
+@dataclass(frozen=True)
+class Piece:
+    """Tiles of one shape at regular distances in both directions."""
+
+    rows: Span
+    columns: Span
+
+    def of(self, x: Tensor) -> Tensor:
+        """View [segments, tiles, height, segments, tiles, width] of x [R, C]."""
+        r, c = self.rows, self.columns
+        down, across = x.stride()
+        return x.as_strided(
+            (r.segments, r.tiles, r.extent, c.segments, c.tiles, c.extent),
+            (r.stride * down, r.extent * down, down, c.stride * across, c.extent * across, across),
+            x.storage_offset() + r.start * down + c.start * across,
+        )
+
+    def scales_of(self, scales: Tensor) -> Tensor:
+        """View of scales [row tiles, column tiles] that broadcasts over `of`."""
+        r, c = self.rows, self.columns
+        down, across = scales.stride()
+        return scales.as_strided(
+            (r.segments, r.tiles, 1, c.segments, c.tiles, 1),
+            (r.scale_stride * down, down, 0, c.scale_stride * across, across, 0),
+            scales.storage_offset() + r.scale_start * down + c.scale_start * across,
+        )
 
 
-def tile_index(extent: int, tile: int, segment: int, offsets: Tensor | None, device: torch.device) -> Tensor:
-    """int64 [extent]: the tile, along one direction, that each element lies in."""
-    position = torch.arange(extent, device=device)
+@dataclass(frozen=True)
+class Layout:
+    """How tiles lie over a matrix [rows, columns]; see tiles.py for segments and offsets."""
+
+    rows: int
+    columns: int
+    tile: Tile
+    row_segment: int = 0
+    column_segment: int = 0
+    offsets: Tensor | None = None
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        groups = 0 if self.offsets is None else self.offsets.numel() - 1
+        return scale_shape(self.rows, self.columns, self.tile, self.row_segment, self.column_segment, groups)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Pieces that cover the matrix; none of them is empty."""
+        if self.offsets is not None and self.tile.rows == TILE:
+            down = _group_spans(self.offsets.tolist())
+        else:
+            down = _spans(self.rows, self.tile.rows, self.row_segment)
+        return (Piece(*spans) for spans in product(down, _spans(self.columns, self.tile.columns, self.column_segment)))
+
+    def row_tiles(self, device: torch.device) -> Tensor:
+        """int64 [R]: the row of the scales that each row lies in."""
+        position = torch.arange(self.rows, device=device)
+        if self.offsets is not None and self.tile.rows == TILE:
+            group = torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
+            first = self.offsets[group]
+            return first // TILE + group + (position - first) // TILE
+        return _tiles(position, self.tile.rows, self.row_segment)
+
+    def column_tiles(self, device: torch.device) -> Tensor:
+        """int64 [C]: the column of the scales that each column lies in."""
+        return _tiles(torch.arange(self.columns, device=device), self.tile.columns, self.column_segment)
+
+
+def _spans(extent: int, tile: int, segment: int) -> Iterator[Span]:
+    if extent == 0:
+        return
+    if tile != TILE:
+        tiles = extent if tile == 1 else 1
+        yield Span(0, 1, 0, tiles, extent // tiles, 0, 0)
+        return
+    segment = segment or extent
+    whole, rest = divmod(segment, TILE)
+    segments, tiles = extent // segment, whole + (rest > 0)
+    if whole:
+        yield Span(0, segments, segment, whole, TILE, 0, tiles)
+    if rest:
+        yield Span(whole * TILE, segments, segment, 1, rest, whole, tiles)
+
+
+def _group_spans(bounds: list[int]) -> Iterator[Span]:
+    for g, (start, end) in enumerate(pairwise(bounds)):
+        whole, rest = divmod(end - start, TILE)
+        first = start // TILE + g  # tiles.py gives the rule
+        if whole:
+            yield Span(start, 1, 0, whole, TILE, first, 0)
+        if rest:
+            yield Span(start + whole * TILE, 1, 0, 1, rest, first + whole, 0)
+
+
+def _tiles(position: Tensor, tile: int, segment: int) -> Tensor:
     if tile == 0:
         return torch.zeros_like(position)
-    if tile == 1:
-        return position
-    if offsets is not None:
-        return _padded_position(extent, offsets) // tile
-    segment = segment or max(extent, 1)
+    if tile == 1 or segment == 0:
+        return position // tile
     return position // segment * -(-segment // tile) + position % segment // tile
-
-
-def _padded_position(rows: int, offsets: Tensor) -> Tensor:
-    """Row of each token when every group starts at a tile of its own (tiles.py gives the rule)."""
-    row = torch.arange(rows, device=offsets.device)
-    group = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
-    return (offsets[group] // TILE + group) * TILE + row - offsets[group]
-
-
-def _tile_extent(extent: int, tile: int, segment: int, offsets: Tensor | None) -> int:
-    """A tile's padded extent; one that would be wider than its segment shrinks to it, which saves the padding."""
-    if tile == 0:
-        return extent
-    return tile if offsets is not None else min(tile, segment or extent)
-
-
-def _split(x: Tensor, dim: int, tile: int, segment: int) -> Tensor:
-    """Pad each segment of direction `dim` to whole tiles."""
-    extent = x.shape[dim]
-    if tile in (0, 1) or extent == 0:
-        return x
-    segment = segment or extent
-    width = min(tile, segment)
-    missing = -segment % width
-    if missing == 0:
-        return x
-    x = x.unflatten(dim, (-1, segment))
-    pad = (0, missing) if dim == 1 else (0, 0, 0, missing)
-    return torch.nn.functional.pad(x, pad).flatten(dim, dim + 1)
-
-
-def _join(x: Tensor, dim: int, extent: int, tile: int, segment: int) -> Tensor:
-    """Cut the padding that `_split` added."""
-    if tile in (0, 1) or extent == 0 or x.shape[dim] == extent:
-        return x
-    segment = segment or extent
-    padded = x.shape[dim] // (extent // segment)
-    return x.unflatten(dim, (-1, padded)).narrow(dim + 1, 0, segment).flatten(dim, dim + 1)

@@ -53,9 +53,7 @@ def quantise(
     groups = _bounds(offsets, rows)
     values = x.float().tolist()
     codes = [[0] * columns for _ in range(rows)]
-    row_tiles, column_tiles = scale_shape(
-        rows, columns, tile, row_segment, column_segment, len(groups or [0]) - 1
-    )
+    row_tiles, column_tiles = scale_shape(rows, columns, tile, row_segment, column_segment, len(groups or [0]) - 1)
     scales = [[1.0] * column_tiles for _ in range(row_tiles)]
     nonfinite = 0
     for i, top, bottom in _spans(rows, tile_rows, row_segment, groups):
@@ -275,9 +273,7 @@ def _cuts(extent: int, length: int, segment: int) -> list[tuple[int, int]]:
     ]
 
 
-def _spans(
-    extent: int, tile: int, segment: int, groups: list[int] | None = None
-) -> list[tuple[int, int, int]]:
+def _spans(extent: int, tile: int, segment: int, groups: list[int] | None = None) -> list[tuple[int, int, int]]:
     """(index of the tile, first element, end) of all tiles along a direction (the rules of `tiles`)."""
     if tile == 0:
         return [(0, 0, extent)]

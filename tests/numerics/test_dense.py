@@ -1,0 +1,79 @@
+"""Row invariance of unquantised products, and the three GEMMs of the BF16 and FP32 twins."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import relative_norm
+from torch import Tensor
+
+from tessera.numerics import dense
+from tessera.numerics.dense import matmul_rows
+
+ROWS = [1, 2, 3, 16, 64]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("k", "n"),
+    [(128, 8), (128, 4096), (96, 192), (7168, 8), (352, 128), (33, 5), (1000, 1), (64, 11), (16, 7), (1, 3)],
+    ids=str,
+)
+def test_a_row_depends_on_itself_alone_wherever_it_stands(k: int, n: int, dtype: torch.dtype, transposed: bool) -> None:
+    a = normal(300, k, dtype=dtype)
+    b = normal(n, k, seed=1, dtype=dtype).t() if transposed else normal(k, n, seed=1, dtype=dtype)
+    whole = matmul_rows(a, b)
+    assert whole.shape == (300, n) and whole.is_contiguous()
+    for rows, start in itertools.product([*ROWS, 65, 97, 127, 200], [0, 1, 2, 3, 50]):
+        part = matmul_rows(a[start : start + rows], b)
+        assert torch.equal(part, whole[start : start + rows]), f"rows {start} to {start + rows}"
+    assert matmul_rows(a[:0], b).shape == (0, n)
+
+
+def test_a_row_of_nan_and_infinity_reaches_no_other_row() -> None:
+    a, b = normal(70, 40), normal(40, 9, seed=1)
+    owed = matmul_rows(a, b)
+    a[3], a[66, 5] = torch.nan, torch.inf
+    y = matmul_rows(a, b)
+    others = [row for row in range(70) if row not in (3, 66)]
+    assert torch.equal(y[others], owed[others]) and bool(y[3].isnan().all())
+
+
+GROUPS = [3, 0, 200, 1, 64, 129, 127, 0]
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+def test_grouped_products_equal_a_loop_over_groups(kind: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    if kind == "wgrad" and out_dtype == torch.bfloat16:
+        pytest.skip("weight gradients are float32")
+    n, k = 20, 150
+    offsets = torch.tensor([0, *itertools.accumulate(GROUPS)])
+    a = normal(sum(GROUPS), k if kind == "fprop" else n, dtype=dtype)
+    b = normal(sum(GROUPS) if kind == "wgrad" else len(GROUPS) * n, k, seed=1, dtype=dtype)
+    y = dense.matmul(kind, a, b, offsets, out_dtype)
+    assert y.dtype == out_dtype and y.is_contiguous()
+    parts, wide = [], b.double()
+    for g, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        w = wide[g * n : (g + 1) * n]
+        x = a[start:end].double()
+        parts.append(x @ w.T if kind == "fprop" else x @ w if kind == "dgrad" else x.T @ wide[start:end])
+    bar = 2e-6 if out_dtype == torch.float32 else 2.0**-9
+    assert relative_norm(y, torch.cat(parts)) < bar
+    if kind != "wgrad":
+        for g, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            alone = dense.matmul(kind, a[start:end], b[g * n : (g + 1) * n], None, out_dtype)
+            assert torch.equal(y[start:end], alone), f"group {g} depends on its neighbours"
+
+
+def test_weight_gradients_of_bf16_operands_are_not_rounded_to_bf16() -> None:
+    a, b = normal(500, 30, dtype=torch.bfloat16), normal(500, 40, seed=1, dtype=torch.bfloat16)
+    y = dense.matmul("wgrad", a, b, None, torch.float32)
+    assert relative_norm(y, a.double().T @ b.double()) < 1e-6
+    assert not torch.equal(y, y.bfloat16().float())
