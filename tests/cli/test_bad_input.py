@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Answer, tessera, write_text
+from tests.cli.conftest import Answer, tessera, write_text
 
 # (what is set, what the message must say); {folder} holds the texts that `texts` makes
 BAD_DATA = {

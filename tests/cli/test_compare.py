@@ -7,9 +7,8 @@ import pytest
 
 from tessera.store import RunFolder
 from tessera.training import compare
-
-from .conftest import Answer, tessera
-from .test_train import losses, press_ctrl_c, start, weights
+from tests.cli.conftest import Answer, tessera
+from tests.cli.test_train import losses, press_ctrl_c, start, weights
 
 STEPS = ["--set", "training.steps=8"]
 

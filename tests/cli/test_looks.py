@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tessera.cli import doctor
-
-from .conftest import tessera
+from tests.cli.conftest import tessera
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -10,8 +10,7 @@ import pytest
 import typer
 
 from tessera.cli.main import app
-
-from .conftest import tessera
+from tests.cli.conftest import tessera
 
 PROGRAM = """
 import contextlib, io, json, sys, time

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tessera.store import RunFolder, read_events
-
-from .conftest import Answer, tessera, write_text
+from tests.cli.conftest import Answer, tessera, write_text
 
 COMMAND = [sys.executable, "-c", "from tessera.cli.main import main; main()"]
 

@@ -8,8 +8,7 @@ import pytest
 from tessera.data import Tokenizer, encode
 from tessera.data.encode import encode_documents
 from tessera.recipe import UserError
-
-from .conftest import prose
+from tests.data.conftest import prose
 
 
 def test_documents_keep_their_order_and_end_with_end_of_text(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import pytest
 from tessera.data import Dataset, Tokenizer, prepare
 from tessera.data import prepare as prepare_function
 from tessera.recipe import DataSection, Schedule, UserError
-
-from .conftest import prose
+from tests.data.conftest import prose
 
 # ruff: noqa: RUF001 -- the special tokens' own bars and blanks
 

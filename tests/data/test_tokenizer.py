@@ -18,8 +18,7 @@ from tessera.data import Tokenizer
 from tessera.data import tokenizer as module
 from tessera.data.tokenizer import END_OF_TEXT, FIM_BEGIN, SMALLEST, SPECIAL_TOKENS, pieces
 from tessera.recipe import UserError
-
-from .conftest import prose
+from tests.data.conftest import prose
 
 # ruff: noqa: RUF001 -- the special tokens' own bars and blanks
 

@@ -2,12 +2,10 @@
 
 from collections import Counter
 
-import float64
 import pytest
-import shapes
 import torch
-from float64 import BF16, decoded, normal
 
+import tests.ops.float64 as float64
 from tessera.model.attention import Place
 from tessera.model.blueprint import Blueprint
 from tessera.model.initialise import initialise
@@ -15,6 +13,8 @@ from tessera.model.layer import Layer
 from tessera.model.rope import rotation
 from tessera.numerics import BLOCK, COLUMN, E4M3, VECTOR, Policy, Recorder, quantise
 from tessera.ops.dispatch import LocalDispatcher
+from tests.model import shapes
+from tests.ops.float64 import BF16, decoded, normal
 
 SECTION = shapes.section(
     hidden_size=2056,

@@ -1,11 +1,10 @@
 """Multi-token prediction against a slow float64 model, and what is shared with the trunk."""
 
-import shapes
-import slow_model
 import torch
 
 from tessera.model import hugging_face_state
 from tessera.ops.chunked_loss import IGNORED, chunked_loss
+from tests.model import shapes, slow_model
 
 SECTION = shapes.section(num_nextn_predict_layers=2, **shapes.GROUPS)
 

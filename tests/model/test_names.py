@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import shapes
 import torch
 
 from tessera.model import hugging_face_state, load_hugging_face
 from tessera.recipe import UserError
+from tests.model import shapes
 
 SECTION = shapes.section(num_nextn_predict_layers=1, n_routed_experts=4)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shapes
 import torch
 
 from tessera.model import hugging_face_state
 from tessera.ops.chunked_loss import chunked_loss
+from tests.model import shapes
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shapes
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops import dense_linear
 from tessera.ops.chunked_loss import chunked_loss
 from tessera.recipe import ModelSection, load_recipe
+from tests.model import shapes
 
 BATCH, LENGTH = 3, 14
 TOKENS = BATCH * LENGTH

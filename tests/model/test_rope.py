@@ -3,12 +3,11 @@
 import math
 
 import pytest
-import shapes
-import slow_model
 import torch
 
 from tessera.model.rope import rotation, softmax_scale
 from tessera.recipe import ModelSection
+from tests.model import shapes, slow_model
 
 
 def yarn(**changes: float) -> ModelSection:

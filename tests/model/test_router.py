@@ -5,14 +5,13 @@ import math
 from typing import Any
 
 import pytest
-import shapes
-import slow_model
 import torch
 from torch import Tensor
 
 from tessera.model import router as router_module
 from tessera.model.router import Router, Routing
 from tessera.recipe import ModelSection
+from tests.model import shapes, slow_model
 
 CASES: dict[str, dict[str, Any]] = {
     "no groups": {},

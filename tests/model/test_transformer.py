@@ -4,14 +4,13 @@ import copy
 from itertools import pairwise
 
 import pytest
-import shapes
-import slow_model
 import torch
 from torch import Tensor
 
 from tessera.model import Transformer, hugging_face_state
 from tessera.numerics import Policy
 from tessera.ops.chunked_loss import chunked_loss
+from tests.model import shapes, slow_model
 
 SECTION = shapes.section(num_nextn_predict_layers=1, initializer_range=0.06)
 WIDE = shapes.section(

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import relative_norm
 from torch import Tensor
 
 from tessera.numerics import dense
 from tessera.numerics.dense import matmul_rows
+from tests.numerics.oracle import relative_norm
 
 ROWS = [1, 2, 3, 16, 64]
 

@@ -2,13 +2,13 @@
 
 from itertools import accumulate
 
-import oracle
 import pytest
 import torch
-from oracle import FLOAT32_BAR, Layout, Operand, Problem, relative_norm
 from torch import Tensor
 
+import tests.numerics.oracle as oracle
 from tessera.numerics import BLOCK, COLUMN, E4M3, TENSOR, VECTOR, Accumulation, TiledTensor, gemm, quantise
+from tests.numerics.oracle import FLOAT32_BAR, Layout, Operand, Problem, relative_norm
 
 FLOAT32, BF16 = torch.float32, torch.bfloat16
 SUMS = Accumulation()

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import Layout
 from torch import Tensor
 
 from tessera.numerics import BLOCK, COLUMN, E4M3, E5M6, TENSOR, VECTOR, Recorder, TiledTensor, quantise
@@ -13,6 +12,7 @@ from tessera.numerics.formats import E5M2, Format
 from tessera.numerics.health import measure
 from tessera.numerics.kernels import reference
 from tessera.numerics.tiles import Tile
+from tests.numerics.oracle import Layout
 
 
 def counted(x: Tensor, q: TiledTensor, twice: bool) -> dict[str, float | int | None]:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracle import FLOAT32_BAR, Layout, Operand, Problem, relative_norm
 from torch import Tensor, nn
 
 from tessera.numerics import Policy, Recorder, Role, RoleKind, TiledTensor, linear
 from tessera.numerics.linear import Linear
+from tests.numerics.oracle import FLOAT32_BAR, Layout, Operand, Problem, relative_norm
 
 TOKENS, N, K = 300, 200, 2120  # no multiples of 128
 

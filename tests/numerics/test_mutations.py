@@ -10,14 +10,14 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import FLOAT32_BAR, SAME_SIGN_BAR, Kernel, Layout, Problem, problem_of
 from torch import Tensor
 
+import tests.numerics.oracle as oracle
 from tessera.numerics.kernels import torch as healthy
 from tessera.numerics.tiles import BLOCK, COLUMN, TENSOR, VECTOR
+from tests.numerics.oracle import FLOAT32_BAR, SAME_SIGN_BAR, Kernel, Layout, Problem, problem_of
 
 PARAMETERS = (
     "kind", "a_codes", "a_scales", "a_tile_rows", "a_tile_columns", "a_format",

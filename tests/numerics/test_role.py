@@ -1,11 +1,10 @@
 """Roles make the operands the law asks for, each from the source it asks for; weights are quantised once a step."""
 
-import oracle
 import pytest
 import torch
-from oracle import Layout
 from torch import Tensor, nn
 
+import tests.numerics.oracle as oracle
 from tessera.numerics import (
     BLOCK,
     COLUMN,
@@ -21,6 +20,7 @@ from tessera.numerics import (
     quantise,
 )
 from tessera.numerics.gemm import Operand
+from tests.numerics.oracle import Layout
 
 
 def role_of(kind: RoleKind = RoleKind.OTHER, **choices: str) -> Role:

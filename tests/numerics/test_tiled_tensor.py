@@ -1,14 +1,14 @@
 """TiledTensor: what it holds, what it refuses, and that it travels through pytrees unharmed."""
 
-import oracle
 import pytest
 import torch
-from oracle import Layout
 from torch.utils import _pytree as pytree
 
+import tests.numerics.oracle as oracle
 from tessera.numerics import BLOCK, COLUMN, E4M3, E5M6, ROW, TENSOR, VECTOR, TiledTensor, quantise
 from tessera.numerics.formats import E5M2, Format
 from tessera.numerics.tiles import Tile
+from tests.numerics.oracle import Layout
 
 OFFSETS = torch.tensor([0, 3, 3, 130, 200])
 

@@ -1,12 +1,12 @@
 """The head and its loss against float64."""
 
-import float64
 import pytest
 import torch
-from float64 import BF16, normal
 
+import tests.ops.float64 as float64
 from tessera.ops import chunked_loss as module
 from tessera.ops.chunked_loss import IGNORED, chunked_loss, head_logits
+from tests.ops.float64 import BF16, normal
 
 
 def case(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.nn.Parameter, torch.Tensor]:

@@ -3,15 +3,15 @@
 from dataclasses import replace
 from itertools import pairwise
 
-import float64
 import pytest
 import torch
-from float64 import BF16, Product, decoded, normal
 from torch import Tensor
 
+import tests.ops.float64 as float64
 from tessera.numerics import BLOCK, COLUMN, E4M3, VECTOR, RoleKind, quantise
 from tessera.ops.dispatch import Dispatcher, LocalDispatcher, Slots, sort_slots
 from tessera.ops.expert_mlp import Experts, expert_mlp
+from tests.ops.float64 import BF16, Product, decoded, normal
 
 GROUPS = [0, 1, 127, 129, 0, 128, 0]  # slots an expert gets
 

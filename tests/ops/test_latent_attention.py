@@ -1,14 +1,14 @@
 """The attention core against the formula in float64, and against autograd of that formula."""
 
-import float64
 import pytest
 import torch
-from float64 import BF16, normal
 from torch import Tensor
 
+import tests.ops.float64 as float64
 from tessera.numerics import RoleKind, Weight
 from tessera.ops import latent_attention as module
 from tessera.ops.latent_attention import AttentionShape, latent_attention
+from tests.ops.float64 import BF16, normal
 
 HIDDEN = 40
 

@@ -1,16 +1,16 @@
 """Norms, plain, normed and unquantised linears, SwiGLU: against float64, and row by row."""
 
-import float64
 import pytest
 import torch
-from float64 import BF16, normal
 from torch import Tensor
 
+import tests.ops.float64 as float64
 from tessera.numerics import RoleKind, Weight
 from tessera.ops.dense_linear import dense_linear
 from tessera.ops.linear import linear, normed_linear
 from tessera.ops.rms_norm import rms_norm
 from tessera.ops.swiglu import swiglu_linear
+from tests.ops.float64 import BF16, normal
 
 ROWS = (1, 2, 3, 16, 64)
 ARMS = [("fp32", torch.float32, 3e-6), ("bf16", BF16, 0.02), ("fp8", BF16, 0.12)]

@@ -3,18 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import float64
 import pytest
 import torch
-from float64 import BF16, normal
 from torch import Tensor
 
+import tests.ops.float64 as float64
 from tessera.numerics import RoleKind
 from tessera.ops.dispatch import LocalDispatcher
 from tessera.ops.expert_mlp import Experts, expert_mlp
 from tessera.ops.latent_attention import AttentionShape, latent_attention
 from tessera.ops.linear import linear, normed_linear
 from tessera.ops.swiglu import swiglu_linear
+from tests.ops.float64 import BF16, normal
 
 T, H, I, E, K = 256, 128, 128, 4, 2
 

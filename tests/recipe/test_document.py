@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from recipe.examples import ROOT
 from tessera.recipe import Recipe
 from tessera.recipe.document import document
 from tessera.recipe.schedule import Segment
 from tessera.recipe.vocabulary import keys, subtable
+from tests.recipe.examples import ROOT
 
 
 def test_the_page_is_the_one_that_the_command_writes() -> None:

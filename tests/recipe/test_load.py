@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.examples import MINIMAL
 from tessera.recipe import Recipe, Schedule, UserError, load_recipe
+from tests.recipe.examples import MINIMAL
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.examples import MINIMAL
 from tessera.recipe import load_recipe
+from tests.recipe.examples import MINIMAL
 
 WHOLE_TILES = [
     "model.hidden_size=128", "model.intermediate_size=256", "model.moe_intermediate_size=128",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.examples import ROOT
 from tessera.recipe import Recipe, load_recipe
+from tests.recipe.examples import ROOT
 
 NAMES = ["deepseek-v3", "moonlight-16b", "small", "tiny"]
 

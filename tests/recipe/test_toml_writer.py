@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.examples import MINIMAL
 from tessera.recipe import DataSection, Recipe, Schedule, load_recipe, toml_writer
+from tests.recipe.examples import MINIMAL
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # TOML holds Unicode without lone surrogates
 SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXT

@@ -42,9 +42,8 @@ def test_rerouted_counts_tokens_whose_set_of_experts_changed_in_any_layer() -> N
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[SameWeights, Path, Recipe]:
-    from conftest import make_recipe
-
     from tessera.data import prepare
+    from tests.training.conftest import make_recipe
 
     changes = {"numerics": {"precision": "bf16"}, "training": {"steps": 40, "validation_interval": 0}}
     recipe = make_recipe(corpus, changes)

@@ -57,7 +57,7 @@ class Trainer:
         numerics = recipe.numerics
         if numerics.precision == "fp8" and numerics.tiles == "row" and numerics.accumulation != "float32":
             raise UserError(
-                f'numerics.tiles = "row" with accumulation = "{numerics.accumulation}" has no backward pass: the scales '
+                f'numerics.tiles = "row" with accumulation = "{numerics.accumulation}" has no backward: the scales '
                 'of W vary along the contraction of dgrad; train with tiles = "block" or "tensor"'
             )
         self.recipe, self.run_folder, self.dataset = recipe, run, dataset

@@ -3,11 +3,11 @@
 import time
 
 import torch
-from oracle import fma_cases, same_bits
 
 from tessera.numerics import BLOCK, E4M3, VECTOR, Accumulation, gemm, quantise
 from tessera.numerics.kernels.hopper import fma
 from tessera.numerics.kernels.reference import fma32
+from tests.numerics.oracle import fma_cases, same_bits
 
 
 def test_the_tensor_core_model_reaches_100_million_operations_a_second() -> None:

@@ -7,12 +7,11 @@ import ctypes.util
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import Layout
 from torch import Tensor
 
+import tests.numerics.oracle as oracle
 from tessera.numerics.kernels.reference import (
     decode,
     dequantise,
@@ -23,6 +22,7 @@ from tessera.numerics.kernels.reference import (
     quantise,
 )
 from tessera.numerics.tiles import BLOCK, COLUMN, TENSOR, VECTOR, Tile
+from tests.numerics.oracle import Layout
 
 INF, NAN = math.inf, math.nan
 

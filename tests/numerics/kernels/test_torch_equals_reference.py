@@ -3,10 +3,15 @@
 import itertools
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
-from oracle import (
+from torch import Tensor
+
+import tests.numerics.oracle as oracle
+from tessera.numerics.kernels import reference
+from tessera.numerics.kernels import torch as kernel
+from tessera.numerics.tiles import BLOCK, COLUMN, ROW, ROW_OF_TRANSPOSED, TENSOR, VECTOR, Tile
+from tests.numerics.oracle import (
     FLOAT32_BAR,
     RANDOM_SIGN_BAR,
     SAME_SIGN_BAR,
@@ -21,11 +26,6 @@ from oracle import (
     same_bits,
     with_random_codes,
 )
-from torch import Tensor
-
-from tessera.numerics.kernels import reference
-from tessera.numerics.kernels import torch as kernel
-from tessera.numerics.tiles import BLOCK, COLUMN, ROW, ROW_OF_TRANSPOSED, TENSOR, VECTOR, Tile
 
 ALL_TILES = [VECTOR, COLUMN, BLOCK, ROW, ROW_OF_TRANSPOSED, TENSOR]
 FORMATS, MODES, ROUNDINGS = ["e4m3", "e5m2", "e5m6"], ["power_of_two", "float32"], ["nearest", "toward_zero"]

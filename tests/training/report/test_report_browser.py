@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import needs_chromium, render
-from example_runs import Shape, comparison, event, run, write_events
 
 from tessera.training.report import write_report
+from tests.training.report.browser import needs_chromium, render
+from tests.training.report.example_runs import Shape, comparison, event, run, write_events
 
 pytestmark = needs_chromium
 SHAPE = Shape(steps=200, layers=3, experts=8)

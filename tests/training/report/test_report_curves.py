@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example_runs import event
 
 from tessera.training.report.curves import axis, compact, differences, series
 from tessera.training.report.history import History, read
 from tessera.training.verdict import largest_gap
+from tests.training.report.example_runs import event
 
 
 def run_of(losses: dict[int, float | None]) -> History:

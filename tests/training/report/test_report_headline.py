@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_runs import Shape, compare_json, event
 
 from tessera.training.report.folder import Arm, Source
 from tessera.training.report.headline import Headline, headline
 from tessera.training.report.history import read
 from tessera.training.report.wording import arm_label, bound, duration, grouped, listed, percent, short, significant
+from tests.training.report.example_runs import Shape, compare_json, event
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 

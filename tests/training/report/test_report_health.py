@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from example_runs import event
-
 from tessera.training.report.health import table
 from tessera.training.report.history import History, read
+from tests.training.report.example_runs import event
 
 CALM = {
     "relative_rms": 0.026, "saturated": 0.0004, "flushed": 0.001, "rounded_twice": None, "nonfinite": 0,

@@ -4,9 +4,9 @@ from math import isnan
 from typing import Any
 
 import numpy as np
-from example_runs import event
 
 from tessera.training.report.history import read
+from tests.training.report.example_runs import event
 
 
 def step(number: int, **fields: Any) -> dict[str, Any]:

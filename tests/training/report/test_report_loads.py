@@ -3,10 +3,9 @@
 import random
 from typing import Any
 
-from example_runs import event
-
 from tessera.training.report.history import History, read
 from tessera.training.report.loads import heat_map
+from tests.training.report.example_runs import event
 
 
 def loads_of(counts: list[list[list[int]]], layers: list[str]) -> History:

@@ -11,11 +11,11 @@ from shutil import rmtree
 from typing import Any
 
 import pytest
-from example_runs import RECIPE, Shape, comparison, event, run, write_events
 
 from tessera.recipe import UserError
 from tessera.training.report import write_report
 from tessera.training.report.page import data_block
+from tests.training.report.example_runs import RECIPE, Shape, comparison, event, run, write_events
 
 SMALL = Shape(steps=60, layers=2, experts=4)
 HOSTILE = """</script><script>document.documentElement.dataset.owned = "yes"</script>

@@ -1,1 +1,0 @@
-"""Makes `example_runs` and `browser` importable here (pytest puts a conftest's folder on the path)."""
