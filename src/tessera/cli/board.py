@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from tessera.cli.options import say
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+WARM_UP = 3  # steps
 FIRST_ESTIMATE = 15.0  # seconds of training before a run's length is estimated
 SMOOTHING = 0.1  # weight of the latest step in the tokens/s that are shown
 
@@ -26,6 +27,7 @@ class Board:
         self.quiet, self.limit, self.sharing = quiet, limit_minutes, sharing
         self._steps: dict[str, int] = {}
         self._began: dict[str, tuple[float, int]] = {}
+        self._warm: set[str] = set()  # jobs whose first steps, which build kernels, are behind them
         self._losses: dict[str, float] = {}
         self._speed: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
@@ -93,6 +95,9 @@ class Board:
         since, first = self._began[job]
         elapsed = time.monotonic() - since
         left = elapsed / max(done - first, 1) * (total - done)
+        if done - first == WARM_UP and job not in self._warm:
+            self._began[job] = (time.monotonic(), done)
+            self._warm.add(job)
         speed = self._speed.get(job, event["tokens_per_s"])
         self._speed[job] = speed = speed + SMOOTHING * (event["tokens_per_s"] - speed)
         self._losses[job] = event["lm_loss"]

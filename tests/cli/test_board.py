@@ -1,0 +1,49 @@
+"""The time left and the warning about it, on a clock that the test moves."""
+
+from typing import Any
+
+import pytest
+
+from tessera.cli import board as module
+from tessera.cli.board import Board
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(module, "say", found.append)
+    monkeypatch.setattr(module, "LINE_EVERY", 0)
+    return found
+
+
+def play(board: Board, seconds: list[float], monkeypatch: pytest.MonkeyPatch, steps: int, first: int = 0) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    start: dict[str, Any] = {"kind": "start", "steps": steps, "step": first, "notes": []}
+    board.handle("fp8", start)
+    for step, taken in enumerate(seconds, start=first):
+        now[0] += taken
+        board.handle("fp8", {"kind": "step", "step": step, "tokens_per_s": 100.0, "lm_loss": 4.0})
+
+
+def test_the_time_left_is_that_of_steps_behind_the_warm_up(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    play(Board(), [10, 10, 10, *[1] * 97], monkeypatch, steps=100)
+    assert lines[0].endswith("16:30 left")  # all that is known after one step of ten seconds
+    assert lines[10].endswith("1:29 left")
+    assert lines[50].endswith("0:49 left")
+    assert lines[99].endswith("0:00 left")
+
+
+def test_a_resumed_run_counts_its_own_steps_only(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    play(Board(), [1] * 20, monkeypatch, steps=100, first=80)
+    assert lines[9].endswith("0:10 left")
+
+
+def test_a_run_longer_than_its_limit_says_so_once_and_a_shorter_one_never(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(Board(limit_minutes=8), [2] * 300, monkeypatch, steps=300)
+    assert sum("all steps are made all the same" in line for line in lines) == 1
+    lines.clear()
+    play(Board(limit_minutes=12), [30, *[2] * 299], monkeypatch, steps=300)
+    assert not any("all steps" in line for line in lines)
