@@ -16,9 +16,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def play(board: Board, seconds: list[float], monkeypatch: pytest.MonkeyPatch, steps: int, first: int = 0) -> None:
+def play(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch, steps: int, first: int = 0, limit: float | None = None
+) -> None:
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    board = Board(limit_minutes=limit)
     start: dict[str, Any] = {"kind": "start", "steps": steps, "step": first, "notes": []}
     board.handle("fp8", start)
     for step, taken in enumerate(seconds, start=first):
@@ -27,7 +30,7 @@ def play(board: Board, seconds: list[float], monkeypatch: pytest.MonkeyPatch, st
 
 
 def test_the_time_left_is_that_of_steps_behind_the_warm_up(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    play(Board(), [10, 10, 10, *[1] * 97], monkeypatch, steps=100)
+    play([10, 10, 10, *[1] * 97], monkeypatch, steps=100)
     assert lines[0].endswith("16:30 left")  # all that is known after one step of ten seconds
     assert lines[10].endswith("1:29 left")
     assert lines[50].endswith("0:49 left")
@@ -35,15 +38,15 @@ def test_the_time_left_is_that_of_steps_behind_the_warm_up(lines: list[str], mon
 
 
 def test_a_resumed_run_counts_its_own_steps_only(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    play(Board(), [1] * 20, monkeypatch, steps=100, first=80)
+    play([1] * 20, monkeypatch, steps=100, first=80)
     assert lines[9].endswith("0:10 left")
 
 
 def test_a_run_longer_than_its_limit_says_so_once_and_a_shorter_one_never(
     lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(Board(limit_minutes=8), [2] * 300, monkeypatch, steps=300)
+    play([2] * 300, monkeypatch, steps=300, limit=8)
     assert sum("all steps are made all the same" in line for line in lines) == 1
     lines.clear()
-    play(Board(limit_minutes=12), [30, *[2] * 299], monkeypatch, steps=300)
+    play([30, *[2] * 299], monkeypatch, steps=300, limit=12)
     assert not any("all steps" in line for line in lines)
