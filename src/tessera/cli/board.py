@@ -104,7 +104,7 @@ class Board:
         figures = f"step {done:>{len(str(total))}}/{total}  loss {event['lm_loss']:.3f}  {speed:,.0f} tokens/s"
         others = ", ".join(f"{other} {loss:.3f}" for other, loss in self._losses.items() if other != job)
         self._show(job, done, total, f"{figures}  {clock(left)} left", others)
-        if self.limit and not self._warned and elapsed > FIRST_ESTIMATE:
+        if self.limit and not self._warned and job in self._warm and elapsed > FIRST_ESTIMATE:
             minutes = (time.monotonic() - self._started + left * self.sharing) / 60
             if minutes > self.limit:
                 self._warned = True
