@@ -95,9 +95,6 @@ class Board:
         since, first = self._began[job]
         elapsed = time.monotonic() - since
         left = elapsed / max(done - first, 1) * (total - done)
-        if done - first == WARM_UP and job not in self._warm:
-            self._began[job] = (time.monotonic(), done)
-            self._warm.add(job)
         speed = self._speed.get(job, event["tokens_per_s"])
         self._speed[job] = speed = speed + SMOOTHING * (event["tokens_per_s"] - speed)
         self._losses[job] = event["lm_loss"]
@@ -112,6 +109,9 @@ class Board:
                     f"estimated {minutes:.0f} minutes, more than training.time_limit_minutes = {self.limit:g}; "
                     "all steps are made all the same (Ctrl-C keeps a checkpoint)"
                 )
+        if done - first == WARM_UP and job not in self._warm:
+            self._began[job] = (time.monotonic(), done)
+            self._warm.add(job)
 
     def _show(self, name: str, done: int, total: int, figures: str, others: str = "") -> None:
         """`others`: what the bars of other jobs show; put behind a line where there are no bars."""
