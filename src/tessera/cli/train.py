@@ -90,6 +90,9 @@ def _unfinished(path: Path) -> "RunFolder":
     from tessera.store import RunFolder
 
     run = RunFolder.open(path)
+    comparison = path.resolve().parent.parent
+    if (comparison / "comparison.json").is_file():  # an arm has a perturbation and milestones that train knows not of
+        raise UserError(f"{path}: an arm of a comparison; go on with `tessera compare --resume {comparison}`")
     state = run.state()
     if state["state"] == "finished":
         raise UserError(

@@ -50,6 +50,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(0) - ordered >= top_p  # the first token is always inside
+        outside = ordered.cumsum(0) - ordered >= top_p
+        outside[0] = False  # the first token is always inside
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(outside, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -49,7 +49,7 @@ def save(
     write_atomic(partial / "state.json", json.dumps(state, indent=1) + "\n")
     write_atomic(partial / "recipe.toml", run.recipe().to_toml())
     write_atomic(partial / "tokenizer.json", tokenizer)
-    shutil.rmtree(target, ignore_errors=True)  # a run resumed from an earlier checkpoint writes its later ones again
+    _remove(target)  # a run resumed from an earlier checkpoint writes its later ones again
     publish_folder(partial, target)
     return target
 
@@ -58,7 +58,16 @@ def prune(run: RunFolder, keep: int, milestones: Collection[int]) -> None:
     """Remove all complete checkpoints but the latest `keep` and those at `milestones`."""
     removable = [path for step, path in run.checkpoints() if step not in milestones]
     for path in removable[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a crash on the way leaves a ".partial" folder, never a checkpoint with files missing."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".old.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

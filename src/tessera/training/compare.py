@@ -190,7 +190,13 @@ def train_arm(comparison: Comparison, arm: str, threads: int, emit: Emit) -> str
         seed = control_seed(arm)
         if seed is not None:
             trainer.perturb(seed)
-    return trainer.run()
+    state = trainer.run()
+    if state != "finished":
+        raise UserError(
+            f"ended at step {trainer.step} of {recipe.training.steps}; go on with "
+            f"`tessera compare --resume {comparison.folder}`"
+        )
+    return state
 
 
 def evaluate(comparison: Comparison, threads: int, emit: Emit) -> dict[str, Any]:
@@ -254,7 +260,12 @@ def _kept_figures(comparison: Comparison) -> dict[str, Any] | None:
     """The same-weights figures of an earlier sitting, where they are what is asked for now."""
     path = _figures_path(comparison)
     figures = read_object(path) if path.is_file() else {}
-    return figures if figures.get("asked") == _asked(comparison) else None
+    finite = all(
+        figures.get(name) is not None for name in ("same_weights_gradient_error", "same_weights_gradient_bias")
+    )
+    finite = finite and all(point["loss_error"] is not None for point in figures["points"])
+    # NaN is written as null, which the verdict would take for "not measured": such figures are measured again.
+    return figures if finite and figures.get("asked") == _asked(comparison) else None
 
 
 def _finished(comparison: Comparison, arm: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.model import Output, Routing
 from tessera.numerics import Recorder
 from tessera.recipe import UserError
 
@@ -72,5 +73,5 @@ def first_module(model: nn.Module, forward: Callable[[], Any]) -> str | None:
 
 
 def _floating(value: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value.__dict__ if hasattr(value, "__dict__") else value)
+    leaves = torch.utils._pytree.tree_leaves(vars(value) if isinstance(value, (Output, Routing)) else value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

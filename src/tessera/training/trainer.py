@@ -91,6 +91,7 @@ class Trainer:
         read_weights(path, trainer.model)
         checkpoint.read_optimizer(path, trainer.optimizer, state["optimizer_steps"])
         trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
+        trainer._saved_at = trainer.step  # what was just read need not be written again
         trainer.seconds, trainer._offset = state["seconds"], state["event_offset"]
         return trainer
 
@@ -125,11 +126,13 @@ class Trainer:
                 while self.step < self.recipe.training.steps and not wish.stop:
                     self._step()
                     self._look_up()
-            finished = self.step >= self.recipe.training.steps
-            state = "finished" if finished else "interrupted"
-            if self._saved_at != self.step:
-                self._save()
-            self._emit("end", reason=state, seconds=self.seconds, tokens_per_s=self.tokens / max(self.seconds, 1e-9))
+                # Still inside: a second SIGTERM must not end the process in the middle of its checkpoint.
+                reason: State = "finished" if self.step >= self.recipe.training.steps else "interrupted"
+                if self._saved_at != self.step:
+                    self._save()
+                speed = self.tokens / max(self.seconds, 1e-9)
+                self._emit("end", reason=reason, seconds=self.seconds, tokens_per_s=speed)
+                state = reason
         finally:
             self._events.close()
             if self._tensorboard:

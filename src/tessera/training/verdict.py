@@ -57,7 +57,7 @@ def largest_gap(a: Mapping[int, float], b: Mapping[int, float], steps: int) -> f
     gaps = []
     for start in range(steps - steps // 2, steps - WINDOW + 1, WINDOW):
         both = [step for step in range(start, start + WINDOW) if step in a and step in b]
-        if both:
+        if len(both) == WINDOW:
             mean = fmean(b[step] for step in both)
             gaps.append(abs(fmean(a[step] for step in both) - mean) / mean)
     return max(gaps, default=None)
