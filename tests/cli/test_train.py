@@ -144,7 +144,7 @@ def test_an_estimate_beyond_the_time_limit_is_said_and_steps_are_not_cut(
     from tessera.cli import board
 
     monkeypatch.setattr(board, "FIRST_ESTIMATE", 0.0)
-    sets: list[Any] = ["--set", "training.time_limit_minutes=0.0001", "--set", "training.steps=3"]
+    sets: list[Any] = ["--set", "training.time_limit_minutes=0.0001", "--set", "training.steps=6"]
     answer = tessera("train", recipe, *sets, "--out", tmp_path / "run")
-    assert answer.code == 0 and "3 steps" in answer.out
+    assert answer.code == 0 and "6 steps" in answer.out
     assert answer.err.count("training.time_limit_minutes = 0.0001") == 1
