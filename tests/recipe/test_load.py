@@ -217,7 +217,7 @@ def test_an_impossible_combination_is_named_with_both_sides(file: Path, wrong: l
     ],
 )
 def test_what_lies_just_inside_the_rules_is_accepted(file: Path, right: list[str]) -> None:
-    load_recipe(file, right)
+    assert load_recipe(file, right) != load_recipe(file)
 
 
 def test_a_width_of_zero_for_the_queries_latent_means_none_as_in_config_json(file: Path) -> None:

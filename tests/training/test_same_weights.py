@@ -10,9 +10,9 @@ from tessera.numerics import Policy
 from tessera.recipe import Recipe
 from tessera.store import RunFolder
 from tessera.training import same_weights
-from tessera.training.compare import held_out
 from tessera.training.same_weights import SameWeights, add_outlier, gradient_error, rerouted
 from tessera.training.trainer import Trainer
+from tessera.training.validation import held_out
 
 
 def test_the_points_are_quarters_of_the_run() -> None:

@@ -29,6 +29,7 @@ from tessera.training.arms import arm_recipe, control_seed, is_control
 from tessera.training.jobs import Emit, Job, run_jobs
 from tessera.training.same_weights import SameWeights, Yardstick, gradient_error
 from tessera.training.trainer import Trainer
+from tessera.training.validation import held_out
 
 SCHEMA = 1
 # Measured on the BF16 arm's final weights, not trained. Hopper's accumulation is slow on a CPU: on request only.
@@ -271,13 +272,6 @@ def _kept_figures(comparison: Comparison) -> dict[str, Any] | None:
 def _finished(comparison: Comparison, arm: str) -> bool:
     path = comparison.run_path(arm)
     return (path / "run.json").is_file() and RunFolder.open(path).state()["state"] == "finished"
-
-
-def held_out(dataset: Dataset, recipe: Recipe, number: int) -> list[Any]:
-    """The first `number` held-out batches of the recipe's size, fewer where the split has fewer."""
-    split = dataset.validation
-    size = min(recipe.batch_size_at(0), split.num_sequences)
-    return [split.batch(i * size, size) for i in range(min(number, split.num_sequences // size))]
 
 
 def bigram_bits_per_byte(dataset: Dataset, recipe: Recipe) -> float:

@@ -31,7 +31,7 @@ from tessera.training.loss import Losses, Share, training_loss
 from tessera.training.optimizer import AdamW
 from tessera.training.peak import measured_flops
 from tessera.training.tensorboard import TensorBoard
-from tessera.training.validation import Validation, validate
+from tessera.training.validation import Validation, held_out, validate
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -74,7 +74,8 @@ class Trainer:
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
         self._offset: int | None = 0
         self._saved_at = -1  # step of the last checkpoint of this sitting
-        self._held_out = self._validation_batches(recipe.training.validation_batches)
+        batches = held_out(dataset, recipe, recipe.training.validation_batches)
+        self._held_out = [_to(batch, self.device, slice(None)) for batch in batches]
 
     # Where a run starts
 
@@ -270,13 +271,6 @@ class Trainer:
         keep = self.recipe.training.keep_checkpoints
         if keep:
             checkpoint.prune(self.run_folder, keep, self.milestones)
-
-    def _validation_batches(self, number: int) -> list[Batch]:
-        """The first `number` held-out batches; fewer, down to one smaller batch, where the split has no more."""
-        split = self.dataset.validation
-        size = min(self.recipe.batch_size_at(0), split.num_sequences)
-        number = min(number, split.num_sequences // size)
-        return [_to(split.batch(i * size, size), self.device, slice(None)) for i in range(number)]
 
     def _announce(self) -> None:
         t = self.recipe.training

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.data import Batch
+from tessera.data import Batch, Dataset
 from tessera.model import Transformer
 from tessera.ops.chunked_loss import CHUNK_TOKENS, IGNORED
+from tessera.recipe import Recipe
 from tessera.training.loss import draft_tokens, main_loss
 
 
@@ -34,6 +35,13 @@ class Validation:
     def facts(self) -> dict[str, Any]:
         """The fields of a `validation` event."""
         return dict(self.__dict__)
+
+
+def held_out(dataset: Dataset, recipe: Recipe, number: int) -> list[Batch]:
+    """The first `number` held-out batches of the recipe's first size; fewer where the text is short, never none."""
+    split = dataset.validation
+    size = min(recipe.batch_size_at(0), split.num_sequences)
+    return [split.batch(i * size, size) for i in range(min(number, split.num_sequences // size))]
 
 
 @torch.no_grad()
