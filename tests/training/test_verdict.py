@@ -26,6 +26,28 @@ def test_the_gap_is_the_largest_of_disjoint_windows_of_the_last_half() -> None:
     assert largest_gap(a, b, 500) == pytest.approx(max(gaps)) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(("steps", "starts"), [(500, [450, 400, 350, 300, 250]), (549, [499, 449, 399, 349, 299])])
+def test_windows_end_with_the_run_and_stay_in_its_last_half(steps: int, starts: list[int]) -> None:
+    assert [window.start for window in verdict.windows(steps)] == starts
+    a = losses(steps=steps)
+    for step in range(steps - 50, steps):
+        a[step] *= 1.02
+    assert largest_gap(a, losses(steps=steps), steps) == pytest.approx(0.02)
+
+
+def test_a_run_that_ended_early_has_a_figure_but_no_verdict() -> None:
+    short = {step: loss for step, loss in losses(0.1).items() if step < 420}
+    error = curve_error(short, losses(), [losses(), losses()], 500)
+    assert error.figure == pytest.approx(0.1)
+    assert "ended early" in str(error.reason)
+
+
+def test_a_control_without_a_full_window_is_no_control() -> None:
+    nothing = {step: loss for step, loss in losses().items() if step < 240}
+    error = curve_error(losses(0.1), losses(), [losses(), nothing], 500)
+    assert "1 finished control run" in str(error.reason)
+
+
 def test_a_window_compares_means_so_opposite_differences_inside_it_cancel() -> None:
     a = {step: loss * (1.01 if step % 2 else 0.99) for step, loss in losses().items()}
     assert largest_gap(a, losses(), 500) < 1e-4

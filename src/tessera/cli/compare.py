@@ -68,9 +68,10 @@ def command(
     resolved = None if recipe is None else load_recipe(recipe, overrides or ())
 
     from tessera.training import compare
+    from tessera.training.evaluation import ABLATIONS
     from tessera.training.report import write_report
 
-    wanted = compare.ABLATIONS if ablations else ()
+    wanted = ABLATIONS if ablations else ()
     if resolved is not None:
         names = [name.strip() for name in (arms or "fp8,bf16").split(",") if name.strip()]
         comparison = compare.create(out_folder(out, resolved.name), resolved, names, control, wanted, accumulation)
@@ -138,11 +139,15 @@ def _print(summary: dict[str, Any], report: Path) -> None:
         )
     table.add_row("Witten-Bell bigram", "", _figure(summary["bigram_bits_per_byte"], ".4f"), "", "")
     print_table(table)
+    for arm, reason in summary["diverged"].items():
+        print(f"{arm} diverged: {reason}")
     print(f"FP8 verdict: {summary['verdict']}")
     for row in _verdict_rows(summary):
         print("  {:<29}{:>10}   {}".format(*row))
     for failure in summary["failures"]:
         print(f"  missed: {failure}")
+    for note in summary["notes"]:
+        print(f"  note: {note}")
     if rows := summary.get("ablations"):
         headings = ["ablation", "loss error", "gradient error", "bias", "verdict", "note"]
         table = new_table("On the same weights", headings, numbers=headings[1:4])

@@ -16,6 +16,7 @@ ends, the rest of its last sequence is filled with end of text whose targets are
 position 0 again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +40,17 @@ class Batch:
     tokens: Tensor  # int64 [B, L]
     targets: Tensor  # int64 [B, L], the next token, or IGNORED where there is none
     document_ids: Tensor  # int32 [B, L], from 0 in each row; equal where two positions are in one document
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(self.tokens.to(device), self.targets.to(device), self.document_ids.to(device))
+
+    def split(self, size: int | None) -> Iterator["Batch"]:
+        """Micro-batches of `size` sequences, the last one perhaps smaller; None: the batch itself."""
+        size = size or len(self.tokens)
+        for start in range(0, len(self.tokens), size):
+            rows = slice(start, start + size)
+            yield Batch(self.tokens[rows], self.targets[rows], self.document_ids[rows])
 
 
 class Batches:

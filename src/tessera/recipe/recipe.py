@@ -55,6 +55,10 @@ class Recipe(Section):
         unit = self.training.micro_batch_size or 1
         return round(self.data.batch_size.at(step) / unit) * unit
 
+    def largest_batch_size(self) -> int:
+        """Sequences in the largest batch of the run."""
+        return max(self.batch_size_at(step) for step in range(self.training.steps))
+
     def total_tokens(self) -> int:
         """Tokens that the whole run predicts: the sum of its batches times the sequence length."""
         return self.data.sequence_length * sum(self.batch_size_at(step) for step in range(self.training.steps))

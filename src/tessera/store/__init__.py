@@ -8,6 +8,7 @@ files is information for people; nothing is ordered or compared by it, so a cloc
 from tessera.store.checkpoint_path import find_checkpoint
 from tessera.store.events import EventWriter, read_events
 from tessera.store.files import sha256_file, write_atomic
+from tessera.store.json_text import write_json
 from tessera.store.manifest import publish_folder, verify_manifest, write_manifest
 from tessera.store.run_folder import RunFolder
 
@@ -20,5 +21,6 @@ __all__ = [
     "sha256_file",
     "verify_manifest",
     "write_atomic",
+    "write_json",
     "write_manifest",
 ]

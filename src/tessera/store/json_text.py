@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.recipe import UserError
-from tessera.store.files import unreadable
+from tessera.store.files import unreadable, unwritable, write_atomic
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
@@ -21,6 +21,15 @@ def dumps(value: Any, indent: int | None = None) -> str:
     ASCII, because a line of text may hold U+2028, at which some readers of lines would break it.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as a JSON file, in one step (`write_atomic`); folders above it are made. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    write_atomic(path, dumps(value, indent=2) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:

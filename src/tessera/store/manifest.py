@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tessera.recipe import UserError
-from tessera.store.files import sha256_file, sync_folder, unreadable, unwritable, write_atomic
-from tessera.store.json_text import check_schema, dumps, read_object
+from tessera.store.files import sha256_file, sync_folder, unreadable, unwritable
+from tessera.store.json_text import check_schema, read_object, write_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the names of files and folders that are still being written
@@ -39,7 +39,7 @@ def write_manifest(folder: Path) -> None:
             sync_folder(place)
     except OSError as error:
         raise unwritable(folder / MANIFEST, error) from error
-    write_atomic(folder / MANIFEST, dumps({"schema": _SCHEMA, "files": files}, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"schema": _SCHEMA, "files": files})
 
 
 def verify_manifest(folder: Path) -> None:

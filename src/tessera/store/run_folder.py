@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, get_args
 
 from tessera.recipe import Recipe, UserError, load_recipe
 from tessera.store.files import unreadable, unwritable, write_atomic
-from tessera.store.json_text import check_schema, dumps, read_object
+from tessera.store.json_text import check_schema, read_object, write_json
 from tessera.store.manifest import MANIFEST
 
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -107,7 +107,7 @@ class RunFolder:
             "step": step,
             "time": round(time.time(), 3),
         }
-        write_atomic(self._state_path, dumps(head | facts, indent=2) + "\n")
+        write_json(self._state_path, head | facts)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies once it is complete."""

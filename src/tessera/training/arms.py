@@ -1,9 +1,13 @@
 """Arms of a comparison: the same recipe with other numerics. Every ablation is a recipe value."""
 
 import difflib
+import re
 from typing import Any
 
-from tessera.recipe import Recipe, UserError
+from pydantic import ValidationError
+
+from tessera.recipe import NumericsSection, Recipe, UserError
+from tessera.recipe.problems import explain
 
 # What each arm changes in [numerics]; the rest stays the recipe's.
 ARMS: dict[str, dict[str, Any]] = {
@@ -29,21 +33,38 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
-    """The recipe as `arm` runs it; a control ("control-1") is the BF16 twin. Raises UserError for no such arm."""
+    """The recipe as `arm` runs it; a control ("control-1") is the BF16 twin.
+
+    Raises UserError for no such arm, and where its changes contradict the recipe's other numerics.
+    """
     changes = ARMS.get("bf16" if is_control(arm) else arm)
     if changes is None:
         close = difflib.get_close_matches(arm, ARMS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"no arm {arm!r}{hint}\nthere are {', '.join(ARMS)}")
-    numerics = type(recipe.numerics).model_validate(recipe.numerics.model_dump() | changes)
+    values = recipe.numerics.model_dump() | changes
+    try:
+        numerics = NumericsSection.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(explain(error, NumericsSection, values))
+        raise UserError(f"arm {arm} of {recipe.name}: numerics.{problems}") from None
     return recipe.model_copy(update={"numerics": numerics})
+
+
+def require_backward(numerics: NumericsSection) -> None:
+    """Raise UserError for numerics that have a forward pass only, and so cannot be trained."""
+    if numerics.precision == "fp8" and numerics.tiles == "row" and numerics.accumulation != "float32":
+        raise UserError(
+            f'numerics.tiles = "row" with accumulation = "{numerics.accumulation}" has no backward: the scales '
+            'of W vary along the contraction of dgrad; train with tiles = "block" or "tensor"'
+        )
 
 
 def is_control(arm: str) -> bool:
     """Whether the arm is a control run: the BF16 twin from masters changed in the last places."""
-    return arm.startswith("control-")
+    return re.fullmatch(r"control-[1-9]\d*", arm) is not None
 
 
-def control_seed(arm: str) -> int | None:
-    """Seed of a control's perturbation, from its name; None for other arms."""
-    return int(arm.removeprefix("control-")) if is_control(arm) else None
+def control_seed(arm: str) -> int:
+    """Seed of a control's perturbation, from its name."""
+    return int(arm.removeprefix("control-"))

@@ -22,7 +22,7 @@ from torch import nn
 
 from tessera.model.weights import read_tensors, weights, write_tensors
 from tessera.recipe import UserError
-from tessera.store import RunFolder, publish_folder, verify_manifest, write_atomic
+from tessera.store import RunFolder, publish_folder, verify_manifest, write_atomic, write_json
 from tessera.training.optimizer import AdamW
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ def save(
     write_tensors(partial / "model.safetensors", weights(model))
     write_tensors(partial / "optimizer.safetensors", optimizer.tensors())
     state = {"schema": SCHEMA, "step": step, "optimizer_steps": optimizer.steps, **facts}
-    write_atomic(partial / "state.json", json.dumps(state, indent=1) + "\n")
+    write_json(partial / "state.json", state)
     write_atomic(partial / "recipe.toml", run.recipe().to_toml())
     write_atomic(partial / "tokenizer.json", tokenizer)
     _remove(target)  # a run resumed from an earlier checkpoint writes its later ones again

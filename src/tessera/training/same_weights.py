@@ -66,7 +66,10 @@ class Yardstick:
 
 
 class SameWeights:
-    """Models of several arms over one set of weights. `load` puts a checkpoint into all of them."""
+    """Models of several arms over one set of weights. `load` puts a checkpoint into all of them.
+
+    Two models are kept, the FP32 arm's and the one used last: however many arms are measured, memory is that of two.
+    """
 
     def __init__(self, recipe: Recipe, batches: Sequence[Batch]) -> None:
         self.recipe, self.batches = recipe, list(batches)
@@ -85,6 +88,7 @@ class SameWeights:
     def model(self, arm: str) -> Transformer:
         """The arm's model, with the loaded weights."""
         if arm not in self._models:
+            self._models = {name: model for name, model in self._models.items() if name == "fp32"}
             policy = Policy(**arm_recipe(self.recipe, arm).numerics.model_dump())
             self._models[arm] = Transformer(self.recipe.model, policy)
             self._fill(self._models[arm])
@@ -174,14 +178,22 @@ def rerouted(experts: Sequence[Tensor], reference: Sequence[Tensor]) -> int:
 
 @torch.no_grad()
 def add_outlier(model: Transformer) -> None:
-    """Scale one channel of the dense MLP's (else the shared expert's) inner activation by 1e5, and undo it behind.
+    """Scale one channel of an MLP's inner activation by 1e5, and undo it behind: the dense MLP's, where there is one,
+    else the shared expert's, else one of every routed expert of the first layer.
 
     The up projection's row grows, the down projection's column shrinks: in exact arithmetic the function is the same.
     """
     parameters = dict(model.named_parameters())
-    up_name = next(name for name in parameters if re.search(r"mlp\.(shared_experts\.)?gate_up_proj\.weight$", name))
+    kinds = (r"mlp\.gate_up_proj\.weight", r"mlp\.shared_experts\.gate_up_proj\.weight", r"mlp\.experts\.gate_up_proj")
+    found = (name for kind in kinds for name in parameters if re.search(kind + "$", name))
+    up_name = next(found)
     gate_up, down = parameters[up_name], parameters[up_name.replace("gate_up_proj", "down_proj")]
-    up = gate_up[gate_up.shape[0] // 2 :]
-    channel = int(up.norm(dim=1).argmax())  # a channel that is used
-    up[channel].mul_(OUTLIER)
-    down[:, channel].div_(OUTLIER)
+    for expert_up, expert_down in zip(_matrices(gate_up), _matrices(down), strict=True):
+        up = expert_up[expert_up.shape[0] // 2 :]
+        channel = int(up.norm(dim=1).argmax())  # a channel that is used
+        up[channel].mul_(OUTLIER)
+        expert_down[:, channel].div_(OUTLIER)
+
+
+def _matrices(weight: Tensor) -> list[Tensor]:
+    return list(weight.unbind()) if weight.dim() == 3 else [weight]

@@ -26,6 +26,7 @@ from tessera.recipe import Recipe, UserError
 from tessera.store import EventWriter, RunFolder
 from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
+from tessera.training.arms import require_backward
 from tessera.training.interrupt import finish_on_signal
 from tessera.training.loss import Losses, Share, training_loss
 from tessera.training.optimizer import AdamW
@@ -54,12 +55,7 @@ class Trainer:
 
         Raises UserError for numerics that have a forward pass only.
         """
-        numerics = recipe.numerics
-        if numerics.precision == "fp8" and numerics.tiles == "row" and numerics.accumulation != "float32":
-            raise UserError(
-                f'numerics.tiles = "row" with accumulation = "{numerics.accumulation}" has no backward: the scales '
-                'of W vary along the contraction of dgrad; train with tiles = "block" or "tensor"'
-            )
+        require_backward(recipe.numerics)
         self.recipe, self.run_folder, self.dataset = recipe, run, dataset
         self.device, self.arm, self.milestones = torch.device(device), arm, frozenset(milestones)
         self.observer = observer
@@ -75,7 +71,7 @@ class Trainer:
         self._offset: int | None = 0
         self._saved_at = -1  # step of the last checkpoint of this sitting
         batches = held_out(dataset, recipe, recipe.training.validation_batches)
-        self._held_out = [_to(batch, self.device, slice(None)) for batch in batches]
+        self._held_out = [batch.to(self.device) for batch in batches]
 
     # Where a run starts
 
@@ -121,6 +117,7 @@ class Trainer:
         self._tensorboard = TensorBoard(self.run_folder.path, self.step) if self.recipe.training.tensorboard else None
         self.run_folder.set_state("running", self.step, arm=self.arm)
         state: State = "failed"
+        facts: dict[str, Any] = {"arm": self.arm}
         try:
             self._announce()
             with finish_on_signal() as wish:
@@ -131,15 +128,22 @@ class Trainer:
                 reason: State = "finished" if self.step >= self.recipe.training.steps else "interrupted"
                 if self._saved_at != self.step:
                     self._save()
-                speed = self.tokens / max(self.seconds, 1e-9)
-                self._emit("end", reason=reason, seconds=self.seconds, tokens_per_s=speed)
+                self._end(reason)
                 state = reason
+        except nonfinite.NonFinite as error:
+            facts["nonfinite"] = error.where  # going on would end here again
+            self._end(f"not finite in {error.where}")
+            raise
         finally:
             self._events.close()
             if self._tensorboard:
                 self._tensorboard.close()
-            self.run_folder.set_state(state, self.step, arm=self.arm)
+            self.run_folder.set_state(state, self.step, **facts)
         return state
+
+    def _end(self, reason: str) -> None:
+        speed = self.tokens / max(self.seconds, 1e-9)
+        self._emit("end", reason=reason, seconds=self.seconds, tokens_per_s=speed)
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -179,11 +183,10 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, share: Share, backward: bool = True) -> list[Losses]:
         """Forward and backward of every micro-batch; gradients add up in the parameters."""
-        micro = self.recipe.training.micro_batch_size or batch.tokens.shape[0]
         masked = not self.recipe.data.cross_document_attention
         losses = []
-        for start in range(0, batch.tokens.shape[0], micro):
-            part = _to(batch, self.device, slice(start, start + micro))
+        for part in batch.split(self.recipe.training.micro_batch_size):
+            part = part.to(self.device)
             one = training_loss(self.model, part, part.document_ids if masked else None, share)
             if backward:
                 one.total.backward()
@@ -251,8 +254,9 @@ class Trainer:
 
     def validate(self) -> Validation:
         """Score the recipe's held-out batches with the weights as they are."""
-        masked = not self.recipe.data.cross_document_attention
-        return validate(self.model, self._held_out, self.dataset.token_bytes, masked=masked)
+        masked, micro = not self.recipe.data.cross_document_attention, self.recipe.training.micro_batch_size
+        parts = [part for batch in self._held_out for part in batch.split(micro)]
+        return validate(self.model, parts, self.dataset.token_bytes, masked=masked)
 
     def _save(self) -> None:
         facts = {
@@ -301,7 +305,3 @@ class Trainer:
         if self._tensorboard:
             self._tensorboard.handle(event)
         self.observer(event)
-
-
-def _to(batch: Batch, device: torch.device, rows: slice) -> Batch:
-    return Batch(*(getattr(batch, name)[rows].to(device) for name in ("tokens", "targets", "document_ids")))

@@ -38,9 +38,9 @@ class Validation:
 
 
 def held_out(dataset: Dataset, recipe: Recipe, number: int) -> list[Batch]:
-    """The first `number` held-out batches of the recipe's first size; fewer where the text is short, never none."""
+    """The first `number` held-out batches of the recipe's largest size; fewer where the text is short, never none."""
     split = dataset.validation
-    size = min(recipe.batch_size_at(0), split.num_sequences)
+    size = min(recipe.largest_batch_size(), split.num_sequences)
     return [split.batch(i * size, size) for i in range(min(number, split.num_sequences // size))]
 
 

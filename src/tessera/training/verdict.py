@@ -35,7 +35,7 @@ class CurveError:
 def curve_error(
     fp8: Mapping[int, float], bf16: Mapping[int, float], controls: Sequence[Mapping[int, float]], steps: int
 ) -> CurveError:
-    """Losses by step -> CurveError over disjoint 50-step windows of the last half of a run of `steps`."""
+    """Losses by step -> CurveError over the windows of a run of `steps`."""
     figure = largest_gap(fp8, bf16, steps)
     own = tuple(gap for c in controls if (gap := largest_gap(c, bf16, steps)) is not None)
     reason = None
@@ -45,22 +45,27 @@ def curve_error(
         reason = "no controls"
     elif len(own) < FEWEST_CONTROLS:
         reason = f"{len(own)} finished control run{'s' if len(own) != 1 else ''}, fewer than {FEWEST_CONTROLS}"
-    elif figure is None:
-        reason = "no window has losses of both arms"
+    elif not all(step in fp8 and step in bf16 for window in windows(steps) for step in window):
+        reason = "a run ended early, and has no loss for some steps of the last half"
     elif max(own) >= CONTROL_BAR:
         reason = f"a control run differs from its twin by {max(own):.3%}, not below {CONTROL_BAR:.3%}"
     return CurveError(figure, reason, own)
 
 
 def largest_gap(a: Mapping[int, float], b: Mapping[int, float], steps: int) -> float | None:
-    """max over windows of |mean a - mean b| / mean b, over the steps that both have; None without a full window."""
+    """max over windows of |mean a - mean b| / mean b; windows without all losses of both are left out, None: all."""
     gaps = []
-    for start in range(steps - steps // 2, steps - WINDOW + 1, WINDOW):
-        both = [step for step in range(start, start + WINDOW) if step in a and step in b]
-        if len(both) == WINDOW:
-            mean = fmean(b[step] for step in both)
-            gaps.append(abs(fmean(a[step] for step in both) - mean) / mean)
+    for window in windows(steps):
+        if all(step in a and step in b for step in window):
+            mean = fmean(b[step] for step in window)
+            gaps.append(abs(fmean(a[step] for step in window) - mean) / mean)
     return max(gaps, default=None)
+
+
+def windows(steps: int) -> list[range]:
+    """The disjoint 50-step windows of the last half, laid from the end of the run, whose last steps always count."""
+    half = steps - steps // 2  # the first step of the last half
+    return [range(end - WINDOW, end) for end in range(steps, half + WINDOW - 1, -WINDOW)]
 
 
 def failures(

@@ -99,29 +99,31 @@ def compare_json(arms: list[str], shape: Shape) -> dict[str, Any]:
         "control_errors": [0.00071, 0.00088],
         "verdict": "passed",
         "failures": [],
+        "diverged": {},
+        "notes": [],
         "ablations": {
-            "rounding toward zero": {
+            "toward-zero": {
                 "loss_error": 0.00412,
                 "gradient_error": 0.131,
                 "gradient_bias": -0.0874,
-                "verdict": "failed",
+                "verdict": "failed, as it must",
                 "note": "the lean of the gradient gives it away",
             },
-            "per-tensor tiles, one channel x 1e5": {
+            "per-tensor, outlier": {
                 "loss_error": 0.0231,
                 "gradient_error": 0.617,
                 "gradient_bias": -0.042,
-                "verdict": "failed",
+                "verdict": "failed, as it must",
                 "note": "the outlier flushes the rest of its tensor to zero",
             },
-            "E5M2 gradients": {
+            "e5m2-gradients": {
                 "loss_error": 0.000121,
                 "gradient_error": 0.0571,
                 "gradient_bias": -0.0015,
                 "verdict": "indistinguishable at this size",
                 "note": "twice the noise, within the bar at this size",
             },
-            "hopper unpromoted": {
+            "hopper-unpromoted": {
                 "loss_error": 0.00071,
                 "gradient_error": None,
                 "gradient_bias": None,

@@ -9,7 +9,7 @@ import pytest
 
 from tessera.training.report.curves import axis, compact, differences, series
 from tessera.training.report.history import History, read
-from tessera.training.verdict import largest_gap
+from tessera.training.verdict import largest_gap, windows
 from tests.training.report.example_runs import event
 
 
@@ -70,7 +70,7 @@ def test_the_largest_drawn_window_of_the_last_half_is_the_verdicts_figure(steps:
     judged = [
         abs(value)
         for place, value in zip(places, found["arms"]["fp8"]["windows"], strict=True)
-        if place >= steps - steps // 2 and value is not None
+        if place >= judged_from(steps) and value is not None
     ]
     gap = largest_gap(arm, twin, steps)
     if interval > 1:  # a window of thinned steps is drawn, but is no verdict
@@ -82,7 +82,11 @@ def test_the_largest_drawn_window_of_the_last_half_is_the_verdicts_figure(steps:
 def draw(arms: dict[str, dict[int, float]], steps: int, controls: tuple[str, ...] = (), max_points: int = 1500) -> Any:
     histories = {name: run_of(dict(losses)) for name, losses in arms.items()}
     shared = axis(list(histories.values()), max_points=max_points)
-    return differences(histories, "bf16", controls, shared, steps - steps // 2)
+    return differences(histories, "bf16", controls, shared, judged_from(steps))
+
+
+def judged_from(steps: int) -> int:
+    return min((window.start for window in windows(steps)), default=steps - steps // 2)
 
 
 def test_the_band_spans_the_controls_window_by_window() -> None:

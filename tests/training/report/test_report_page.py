@@ -79,7 +79,7 @@ def test_a_comparison_has_every_part(tmp_path: Path) -> None:
         "Passed: FP8 trains like BF16",
         "0.012 %",
         "Witten-Bell bigram",
-        "Rounding toward zero",
+        "Toward-zero",
         "def read_header",
         "num_hidden_layers = 4",
     ):

@@ -14,8 +14,9 @@ from tessera.training.report.folder import REFERENCE, Arm, Source
 from tessera.training.report.headline import headline
 from tessera.training.report.history import number
 from tessera.training.report.wording import MISSING, arm_label, duration, fixed, grouped, listed, percent, short
-from tessera.training.verdict import CURVE_BAR
+from tessera.training.verdict import CURVE_BAR, windows
 
+_OUTCOMES = {"failed": "failed", "not caught": "failed", "failed, as it must": "passed"}  # colours of the tags
 LATE = 50  # steps whose mean stands for an arm's loss at the end
 
 
@@ -72,7 +73,7 @@ def _differences(source: Source, shared: Axis) -> dict[str, Any] | None:
     controls = [arm.name for arm in source.arms if arm.is_control]
     planned = (number((history.start or {}).get("steps")) for history in histories.values())
     steps = int(max((count for count in planned if isfinite(count)), default=shared.points))
-    judged_from = steps - steps // 2
+    judged_from = min((window.start for window in windows(steps)), default=steps - steps // 2)
     found = differences(histories, REFERENCE, controls, shared, judged_from)
     if found is None:
         return None
@@ -91,7 +92,7 @@ def page(source: Source) -> dict[str, Any]:
         "learning": _learning(source),
         "arms": [_arm_row(source, arm) for arm in source.arms],
         "facts": list(_facts(source)),
-        "notes": list(dict.fromkeys(note for history in histories for note in history.notes)),
+        "notes": list(dict.fromkeys([*_notes(source), *(note for history in histories for note in history.notes)])),
         "ablations": _ablations(source),
         "sample": _sample(source),
         "recipe": source.recipe,
@@ -183,7 +184,7 @@ def _arm_row(source: Source, arm: Arm) -> dict[str, str]:
         "name": arm.name,
         "label": arm_label(arm.name),
         "precision": str((history.start or {}).get("precision", MISSING)),
-        "state": arm.state,
+        "state": "diverged" if arm.name in (found.get("diverged") or {}) else arm.state,
         "steps": grouped(done) + (f" of {grouped(planned)}" if isfinite(planned) and planned > done else ""),
         "tokens": short(history.final("tokens")),
         "loss": fixed(float(late.mean()) if len(late) else nan, 4),
@@ -236,10 +237,15 @@ def _ablations(source: Source) -> list[dict[str, str]]:
             "gradient_error": percent(number(row.get("gradient_error"))),
             "gradient_bias": percent(number(row.get("gradient_bias"))),
             "verdict": str(row.get("verdict") or MISSING),
+            "outcome": _OUTCOMES.get(str(row.get("verdict")), "other"),
             "note": str(row.get("note") or ""),
         }
         for name, row in found.items()
     ]
+
+
+def _notes(source: Source) -> list[str]:
+    return [str(note) for note in source.comparison.get("notes") or []]
 
 
 def _sample(source: Source) -> dict[str, str] | None:
