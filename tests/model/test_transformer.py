@@ -231,3 +231,16 @@ def test_routers_are_listed_in_order_with_their_layers() -> None:
     assert names == ["model.layers.1", "model.layers.2", "model.layers.3"]
     output = shapes.model(SECTION)(shapes.tokens(SECTION, batch=1, length=5))
     assert len(output.router) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
+@torch.no_grad()
+def test_a_token_depends_on_those_before_it_alone_bit_for_bit(precision: str) -> None:
+    model = shapes.with_biases(shapes.model(SECTION, precision))
+    tokens = shapes.tokens(SECTION, batch=3, length=100)
+    hidden = model(tokens).hidden
+    logits = model.logits(hidden)
+    for length in (1, 2, 3, 16, 63, 64, 65, 99):
+        alone = model(tokens[1:2, :length]).hidden
+        assert torch.equal(alone[0], hidden[1, :length]), length
+        assert torch.equal(model.logits(alone)[0], logits[1, :length]), length

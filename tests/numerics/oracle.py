@@ -102,8 +102,10 @@ def scale_of_each_element(scales: Tensor, shape: torch.Size, layout: Layout) -> 
 
 
 def _tile_index(position: Tensor, tile: int, segment: int) -> Tensor:
-    if tile < 2 or not segment:
-        return position // tile if tile else torch.zeros_like(position)
+    if tile == 0:
+        return position // segment if segment else torch.zeros_like(position)
+    if tile == 1 or not segment:
+        return position // tile
     return position // segment * -(-segment // tile) + position % segment // tile
 
 

@@ -119,5 +119,8 @@ def test_columns_tiled_otherwise_than_the_weights_rows_are_refused() -> None:
     for segment in (0, 48):
         with pytest.raises(ValueError, match="column_segment"):
             gemm.dgrad(quantise(normal(4, 192), E4M3, VECTOR, column_segment=segment), weight, SUMS, BF16)
+    whole = quantise(normal(192, 20), E4M3, TENSOR, row_segment=96)
+    with pytest.raises(ValueError, match="column_segment"):
+        gemm.dgrad(quantise(normal(4, 192), E4M3, TENSOR), whole, SUMS, BF16)
     aligned = quantise(normal(256, 20), E4M3, BLOCK, row_segment=128)  # the same tiles either way
     assert gemm.dgrad(quantise(normal(4, 256), E4M3, VECTOR), aligned, SUMS, BF16).shape == (4, 20)

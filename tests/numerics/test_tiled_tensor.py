@@ -88,3 +88,16 @@ def test_a_tiled_tensor_survives_a_pytree_round_trip(offsets: torch.Tensor | Non
     assert (back.offsets is None) == (offsets is None)
     moved = pytree.tree_map_only(torch.Tensor, torch.clone, q)
     assert moved.codes.data_ptr() != q.codes.data_ptr() and torch.equal(moved.decode(), q.decode())
+
+
+@pytest.mark.parametrize("tile", [ROW, TENSOR], ids=["row", "tensor"])
+def test_a_whole_matrix_is_each_published_one_where_several_are_stored_as_one(tile: Tile) -> None:
+    gate, up = (torch.randn(7, 50, generator=torch.Generator().manual_seed(i)) * 1e3**i for i in (0, 1))
+    parts = [quantise(x, E4M3, tile) for x in (gate, up)]
+    below = quantise(torch.cat([gate, up]), E4M3, tile, row_segment=7)
+    assert torch.equal(below.codes, torch.cat([q.codes for q in parts]))
+    assert torch.equal(below.scales, torch.cat([q.scales for q in parts]))
+    beside = quantise(torch.cat([gate, up], dim=1), E4M3, tile, column_segment=50)
+    assert torch.equal(beside.codes, torch.cat([q.codes for q in parts], dim=1))
+    assert torch.equal(beside.scales, torch.cat([q.scales for q in parts], dim=1))
+    assert torch.equal(beside.decode(), torch.cat([q.decode() for q in parts], dim=1))

@@ -37,7 +37,7 @@ def tile_of(position: Tensor, tile: int, segment: int, offsets: Tensor | None) -
     if tile == 1:
         return position
     if tile == 0:
-        return torch.zeros_like(position)
+        return position // segment if segment else torch.zeros_like(position)
     if offsets is not None:
         group = torch.searchsorted(offsets, position, right=True) - 1
         return offsets[group] // tile + group + (position - offsets[group]) // tile

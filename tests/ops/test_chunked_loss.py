@@ -78,3 +78,25 @@ def test_a_row_of_logits_depends_on_that_row_alone(rows: int) -> None:
     assert torch.equal(head_logits(hidden[:rows], head), whole[:rows])
     exact = hidden.double() @ head.to(BF16).double().T
     assert float64.relative(whole, exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_tokens_loss_depends_on_that_token_alone(dtype: torch.dtype) -> None:
+    hidden, head, targets = case(515, dtype)  # the last chunk has three tokens
+    targets[targets == IGNORED] = 5
+    with torch.no_grad():
+        for token in (0, 100, 255, 256, 511, 512, 514):
+            only = torch.full_like(targets, IGNORED)
+            only[token] = targets[token]
+            alone = chunked_loss(hidden[token : token + 1], head, targets[token : token + 1])
+            assert torch.equal(chunked_loss(hidden, head, only), alone), token
+
+
+def test_tokens_are_added_in_float64() -> None:
+    hidden = torch.zeros(20_000, 8)
+    hidden[0, 0] = 3e4  # one loss beside which the others vanish in float32
+    head = torch.nn.Parameter(torch.zeros(64, 8))
+    head.data[1, 0] = 1.0
+    targets = torch.zeros(20_000, dtype=torch.int64)
+    exact = 3e4 + 19_999 * torch.tensor(64.0).double().log().item()
+    assert float(chunked_loss(hidden, head, targets).detach()) == pytest.approx(exact, rel=1e-7)

@@ -16,7 +16,7 @@ from tessera.model import Transformer
 from tessera.model.weights import read_weights
 from tessera.numerics import Policy
 from tessera.ops.chunked_loss import IGNORED, chunked_loss
-from tessera.recipe import Recipe
+from tessera.recipe import Recipe, load_recipe
 from tessera.store import RunFolder
 from tessera.training import evaluation
 from tessera.training.evaluation import Evaluation, judged, read_figures, uncaught
@@ -254,3 +254,22 @@ def test_rows_that_must_fail_and_do_not_take_the_verdict_with_them() -> None:
     assert "toward-zero" in sentence
     nothing = judged("fp8, outlier", 0.9, None, None, "note")
     assert (nothing["verdict"], nothing["note"]) == ("for reference", "note")
+
+
+@pytest.mark.slow  # five minutes of training, two of measuring: the bars are for trained weights
+def test_on_the_tiny_recipe_fp8_passes_and_what_must_fail_fails(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "recipes" / "tiny.toml"
+    recipe = load_recipe(path, ["numerics.precision=bf16"])
+    dataset = prepare(recipe.data, recipe.model.vocab_size, tmp_path / "data")
+    run = RunFolder.create(tmp_path / "bf16", recipe)
+    Trainer(recipe, run, dataset, arm="bf16", milestones=evaluation.milestones(recipe.training.steps)).run()
+    figures = Evaluation(tmp_path / "figures.json", recipe, dataset, run, lambda event: None).run(
+        (*evaluation.MUST_FAIL, "fp8, outlier")
+    )
+    assert max(point["loss_error"] for point in figures["points"]) < 0.0005
+    assert figures["same_weights_gradient_error"] < 0.10
+    assert abs(figures["same_weights_gradient_bias"]) < 0.01
+    rows = figures["ablations"]
+    assert {rows[row]["verdict"] for row in evaluation.MUST_FAIL} == {"failed, as it must"}
+    # Blocks keep the damage of an outlier in its own tiles.
+    assert rows["fp8, outlier"]["loss_error"] < rows["per-tensor, outlier"]["loss_error"] / 4

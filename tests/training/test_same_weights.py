@@ -111,3 +111,40 @@ def test_an_outlier_channel_changes_nothing_in_exact_arithmetic_and_ruins_per_te
     add_outlier(model)
     changed = (model.model.layers[0].mlp.down_proj.weight != before).any(dim=0)
     assert int(changed.sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "touched"),
+    [
+        ({}, "model.layers.0.mlp.down_proj.weight"),
+        ({"first_k_dense_replace": 0}, "model.layers.0.mlp.shared_experts.down_proj.weight"),
+        ({"first_k_dense_replace": 0, "n_shared_experts": 0}, "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+@torch.no_grad()
+def test_an_outlier_finds_a_channel_in_any_architecture(changes: dict[str, int], touched: str, corpus: Path) -> None:
+    from tests.training.conftest import make_recipe
+
+    recipe = make_recipe(corpus, {"model": changes})
+    model = Transformer(recipe.model, Policy(precision="fp32"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tokens = torch.arange(32).view(2, 16)
+    hidden = model(tokens).hidden
+    add_outlier(model)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {touched, touched.replace("down_proj", "gate_up_proj")}
+    down = dict(model.named_parameters())[touched]
+    ratio = (before[touched] / down).flatten(0, -2)
+    assert (ratio > 9e4).any(dim=0).sum() >= 1
+    torch.testing.assert_close(model(tokens).hidden, hidden, rtol=1e-3, atol=1e-3)
+
+
+def test_no_more_than_two_models_are_kept(judged: tuple[SameWeights, Path, Recipe]) -> None:
+    judge, path, _ = judged
+    judge.load(path)
+    judge.model("fp32")
+    for arm in ("fp8", "per-row", "toward-zero", "bf16"):
+        judge.model(arm)
+        assert set(judge._models) == {"fp32", arm}
+    weights = dict(judge.model("fp32").named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in judge.model("bf16").named_parameters())

@@ -19,9 +19,14 @@ MINIMUM_COLUMNS = 16
 def matmul_rows(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [K, N] -> [M, N] in their dtype; each row depends on that row and b alone."""
     rows, columns = a.shape[0], b.shape[1]
-    a, b = _tall(a, MINIMUM_ROWS), _wide(b)
+    a, b = tall(a, MINIMUM_ROWS), _wide(b)
     y = a @ b
     return y if y.shape == (rows, columns) else y[:rows, :columns].contiguous()
+
+
+def tall(a: Tensor, rows: int) -> Tensor:
+    """a [M, K] -> [at least rows, K], with rows of zeros behind."""
+    return a if a.shape[0] >= rows else pad(a, (0, 0, 0, rows - a.shape[0]))
 
 
 def matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -51,7 +56,7 @@ def _grouped_rows(a: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         if start == end:
             continue
         stop = start + -(-(end - start) // MINIMUM_ROWS) * MINIMUM_ROWS
-        torch.mm(_tall(a[start:stop], stop - start), weights[g], out=y[start:stop])
+        torch.mm(tall(a[start:stop], stop - start), weights[g], out=y[start:stop])
     return y[:rows] if y.shape[1] == columns else y[:rows, :columns].contiguous()
 
 
@@ -62,10 +67,6 @@ def _each_group(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         if end > start:
             torch.mm(a[start:end].t(), b[start:end], out=y[g])
     return y.flatten(0, 1)
-
-
-def _tall(a: Tensor, rows: int) -> Tensor:
-    return a if a.shape[0] >= rows else pad(a, (0, 0, 0, rows - a.shape[0]))
 
 
 def _wide(b: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def _require_tiles_that_meet(kind: str, a: TiledTensor, b: TiledTensor, offsets:
                 f"{kind}: tiles of the {name} operand are {TILE} rows high; quantise it with the offsets of the GEMM"
             )
     segments = (a.column_segment or a.shape[1], b.row_segment or b.shape[0])
-    if kind == "dgrad" and a.tile.columns == TILE and segments[0] != segments[1] and any(s % TILE for s in segments):
+    apart = segments[0] != segments[1] and (not a.tile.columns or any(s % TILE for s in segments))
+    if kind == "dgrad" and a.tile.columns != 1 and apart:
         raise ValueError(
             f"dgrad: tiles restart every {segments[0]} columns of dY and every {segments[1]} rows of W; quantise dY "
             "with column_segment = the weight's row_segment"

@@ -61,7 +61,7 @@ class Role:
     def gradient_columns(self, dy: Tensor, column_segment: int = 0, offsets: Tensor | None = None) -> Operand:
         """dy [T, N] -> wgrad operand; tiles restart at each group's first row."""
         target = self.precision.gradient_columns
-        segment = column_segment if target.tile.columns > 1 else 0
+        segment = column_segment if target.tile.columns != 1 else 0
         return self._make("gradient_columns", dy, target, segment, offsets=offsets)
 
     def gate_up_cache(self, gate_up: Tensor, segment: int) -> Operand:

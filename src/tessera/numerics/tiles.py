@@ -1,7 +1,8 @@
 """Tiles: which elements share one scale.
 
-A tile is `rows x columns`; an extent of 0 is the whole matrix in that direction. Ragged edges are tiles of their
-own, so any shape works. Three things start a new tile before 128 elements are full:
+A tile is `rows x columns`; an extent of 0 is the whole matrix in that direction (each of them, where several are
+stored as one: see segments). Ragged edges are tiles of their own, so any shape works. Three things start a new tile
+before 128 elements are full:
 
 - the edge of the matrix;
 - a *segment*: several published matrices stored as one (gate_proj over up_proj, expert over expert) are tiled
@@ -41,7 +42,7 @@ TENSOR = Tile(0, 0)  # baseline: one scale
 def tiles_along(extent: int, tile: int, segment: int = 0) -> int:
     """Number of tiles along a direction of `extent` elements; tiles restart every `segment` elements (0: never)."""
     if tile == 0:
-        return 1
+        return extent // segment if segment else 1
     if segment == 0:
         return -(-extent // tile)
     return extent // segment * -(-segment // tile)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.numerics.dense import matmul_rows
+from tessera.numerics.dense import MINIMUM_ROWS, matmul_rows, tall
 
 CHUNK_TOKENS = 256
 IGNORED = -100  # target of a position that has none
@@ -33,12 +33,14 @@ class _ChunkedLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if keep else None
         dweight = torch.zeros_like(weight) if keep else None
         # Two strips that all chunks reuse: fresh ones of this size cost a CPU more in page faults than their contents.
-        strips = torch.empty(2, min(CHUNK_TOKENS, hidden.shape[0]), weight.shape[0], device=hidden.device)
+        height = max(min(CHUNK_TOKENS, hidden.shape[0]), MINIMUM_ROWS)
+        strips = torch.empty(2, height, weight.shape[0], device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             x, target = hidden[rows].float(), targets[rows]
+            padded = tall(x, MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
+            torch.mm(padded, transposed, out=strips[0, : padded.shape[0]])
             logits, probability = strips[:, : x.shape[0]]
-            torch.mm(x, transposed, out=logits)
             counted = target != IGNORED
             index = target.clamp(min=0)[:, None]
             largest, own = logits.amax(dim=-1), logits.gather(1, index).squeeze(1)

@@ -13,8 +13,7 @@ TILES = [VECTOR, COLUMN, BLOCK, ROW, ROW_OF_TRANSPOSED, TENSOR]
 
 def tile_of(position: int, tile: int, segment: int, extent: int) -> int:
     """Index of a position's tile by counting tiles from the start."""
-    if tile == 0:
-        return 0
+    tile = tile or segment or extent
     segment, index, at = segment or extent, 0, 0
     while True:
         end = min(at + tile, (at // segment + 1) * segment)

@@ -146,6 +146,10 @@ LAYOUTS = {
     "groups in columns": ((512, 3), Layout(COLUMN, offsets=torch.tensor([0, 0, 1, 128, 256, 385, 512]))),
     "groups in blocks": ((130, 384), Layout(BLOCK, 0, 192, torch.tensor([0, 127, 127, 128, 130]))),
     "groups of one row": ((3, 4), Layout(COLUMN, offsets=torch.tensor([0, 1, 2, 3]))),
+    "two matrices of one scale": ((96, 130), Layout(TENSOR, 48)),
+    "two by three of one scale": ((96, 150), Layout(TENSOR, 48, 50)),
+    "rows of two matrices side by side": ((5, 300), Layout(ROW, 0, 150)),
+    "columns of two matrices, one below the other": ((300, 5), Layout(ROW_OF_TRANSPOSED, 150)),
     "groups do not matter": ((6, 200), Layout(VECTOR, offsets=torch.tensor([0, 2, 6]))),
 }
 
@@ -276,7 +280,7 @@ def test_tensor_core_products_at_the_ends_of_float32_are_bit_equal(exponents: tu
         assert_matmul_bits(kernel, replace(drawn, a=a, b=b, accumulation="hopper"))
 
 
-def test_an_unpromoted_sum_runs_through_the_segments_of_dgrad() -> None:
+def test_every_segment_of_dgrad_is_an_unpromoted_sum_of_its_own() -> None:
     problem = problem_of("dgrad", [3], 192, 5, Draw(19, "same_sign"), (TENSOR, TENSOR), 96, kernel=kernel)
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper", interval=256))
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper_unpromoted"))

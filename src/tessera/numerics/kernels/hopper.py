@@ -57,7 +57,7 @@ def hopper_matmul(
             lengths = [a.shape[1]]
             if kind == "dgrad":
                 right = (right[0].t(), right[1].t())
-                if segment and interval:
+                if segment:
                     lengths = [segment] * (a.shape[1] // segment)
         results.append(_contract(*left, *right, lengths, formats, interval))
     return torch.cat(results)

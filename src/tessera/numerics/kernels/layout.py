@@ -102,11 +102,13 @@ class Layout:
 def _spans(extent: int, tile: int, segment: int) -> Iterator[Span]:
     if extent == 0:
         return
-    if tile != TILE:
-        tiles = extent if tile == 1 else 1
-        yield Span(0, 1, 0, tiles, extent // tiles, 0, 0)
+    if tile == 1:
+        yield Span(0, 1, 0, extent, 1, 0, 0)
         return
     segment = segment or extent
+    if tile == 0:
+        yield Span(0, extent // segment, segment, 1, segment, 0, 1)
+        return
     whole, rest = divmod(segment, TILE)
     segments, tiles = extent // segment, whole + (rest > 0)
     if whole:
@@ -127,7 +129,7 @@ def _group_spans(bounds: list[int]) -> Iterator[Span]:
 
 def _tiles(position: Tensor, tile: int, segment: int) -> Tensor:
     if tile == 0:
-        return torch.zeros_like(position)
+        return position // segment if segment else torch.zeros_like(position)
     if tile == 1 or segment == 0:
         return position // tile
     return position // segment * -(-segment // tile) + position % segment // tile

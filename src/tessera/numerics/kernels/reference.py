@@ -118,8 +118,9 @@ def matmul(
     `order` is how the two scales meet a partial sum p: "product" (the law) fma(fl(s_a * s_b), p, y),
     "a_first" fma(fl(p * s_a), s_b, y), "b_first" fma(fl(p * s_b), s_a, y), as libraries do. They agree bit
     for bit where scales are powers of two and no product of scales is below 2^-126. In dgrad the blocks of
-    the contraction restart with every segment; unpromoted, there is a single block. Raises ValueError where a
-    scale varies inside a block of a `hopper` accumulation, and for unknown names.
+    the contraction restart with every segment, which is a product of its own in the published model; unpromoted,
+    each of them is a single block. Raises ValueError where a scale varies inside a block of a `hopper` accumulation,
+    and for unknown names.
     """
     if kind not in ("fprop", "dgrad", "wgrad"):
         raise ValueError(f"kind {kind!r} is none of 'fprop', 'dgrad', 'wgrad'")
@@ -144,7 +145,7 @@ def matmul(
         else:
             left, right, extent = a.columns(slice(first, last)), b.columns(slice(first, last)), last - first
         length = {"float32": TILE, "hopper": interval, "hopper_unpromoted": max(extent, 1)}[accumulation]
-        restart = segment if kind == "dgrad" and accumulation != "hopper_unpromoted" else 0
+        restart = segment if kind == "dgrad" else 0
         blocks = [slice(start, end) for start, end in _cuts(extent, length, restart)]
         names = (a_format, b_format, accumulation, order)
         result += [[_dot(row, column, blocks, *names) for column in right] for row in left]
@@ -276,7 +277,7 @@ def _cuts(extent: int, length: int, segment: int) -> list[tuple[int, int]]:
 def _spans(extent: int, tile: int, segment: int, groups: list[int] | None = None) -> list[tuple[int, int, int]]:
     """(index of the tile, first element, end) of all tiles along a direction (the rules of `tiles`)."""
     if tile == 0:
-        return [(0, 0, extent)]
+        return [(i, start, end) for i, (start, end) in enumerate(_cuts(extent, segment or max(extent, 1), segment))]
     if groups is None or tile == 1:
         cuts = _cuts(extent, tile, segment if tile > 1 else 0)
         return [(i, start, end) for i, (start, end) in enumerate(cuts)]
