@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import tests.ops.float64 as float64
-from tessera.numerics import RoleKind, Weight
+from tessera.numerics import COLUMN, E4M3, E5M6, VECTOR, RoleKind, Weight, quantise
 from tessera.ops import latent_attention as module
 from tessera.ops.latent_attention import AttentionShape, latent_attention
 from tests.ops.float64 import BF16, normal
@@ -194,3 +194,20 @@ def test_a_row_depends_on_the_keys_it_sees_and_not_on_what_follows_or_who_else_i
         part = None if mask is None else mask[1:, :, :length, :length]
         found = latent_attention(*rows, turn[:, :length], part, alone, w)
         assert torch.equal(found, whole[1, :length]), length
+
+
+def test_the_output_projections_gradient_is_made_from_the_e5m6_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = shape(140, nope=16, rope=8, value=16)
+    inputs, turn, width = parts(s, BF16), rotation(s), s.heads * s.value
+    plain = float64.weight(width, width, kind=RoleKind.ATTENTION_OUTPUT, precision="bf16")
+    plain.parameter.data.copy_(torch.eye(width))
+    out = latent_attention(*inputs, turn, None, s, plain).detach()  # through the identity: the core's own output
+    seen = float64.spy_on_gemms(monkeypatch)
+    y = latent_attention(*inputs, turn, None, s, output(s, "fp8"))
+    y.backward(normal(*y.shape, seed=9).to(BF16))
+    forward, wgrad = (next(p for p in seen if p.kind == kind) for kind in ("fprop", "wgrad"))
+    assert torch.equal(forward.a.codes, quantise(out, E4M3, VECTOR).codes)
+    owed = quantise(quantise(out, E5M6, VECTOR).decode(), E4M3, COLUMN)
+    assert torch.equal(wgrad.b.codes, owed.codes) and torch.equal(wgrad.b.scales, owed.scales)
+    twice = quantise(quantise(out, E4M3, VECTOR).decode(), E4M3, COLUMN)
+    assert not torch.equal(owed.codes, twice.codes)

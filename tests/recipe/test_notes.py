@@ -33,9 +33,9 @@ def test_a_recipe_without_peculiarities_has_no_notes(file: Path) -> None:
     [
         (
             ["model.kv_lora_rank=96"],
-            "no multiple of 128 (kv_lora_rank = 96, kv_lora_rank + qk_rope_head_dim = 224)",
+            "model: kv_lora_rank = 96 and 1 more: no multiple of 128; transformers cannot load",
         ),
-        (["model.q_lora_rank=100"], "q_lora_rank = 100"),
+        (["model.q_lora_rank=100"], "model: q_lora_rank = 100: no multiple of 128"),
         (["model.rms_norm_eps=1e-5"], "rms_norm_eps = 1e-05: transformers uses 1e-06"),
         (
             ["model.num_hidden_layers=27", "model.q_lora_rank=128"],

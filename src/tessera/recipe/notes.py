@@ -40,10 +40,11 @@ def tile_notes(model: ModelSection) -> Iterator[str]:
     """A note if FP8 weights have edges that are no multiple of 128, for recipes that train in FP8."""
     ragged = {name: size for name, size in _fp8_edges(model).items() if size % TILE}
     if ragged:
-        edges = ", ".join(f"{name} = {size}" for name, size in ragged.items())
+        name, size = next(iter(ragged.items()))
+        others = f" and {len(ragged) - 1} more" if len(ragged) > 1 else ""
         yield (
-            f"model: FP8 weights with edges that are no multiple of {TILE} ({edges}) are exact in tessera, vLLM and "
-            "SGLang, but transformers' FP8 loader misreads or refuses them: for it, export them in BF16"
+            f"model: {name} = {size}{others}: no multiple of {TILE}; transformers cannot load such weights in FP8, so "
+            "export them in BF16 for it (tessera, vLLM and SGLang can)"
         )
 
 
