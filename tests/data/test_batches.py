@@ -164,6 +164,25 @@ def test_types_are_those_of_the_interface_and_memory_is_the_batchs_own() -> None
     assert batches.num_tokens == 18 and batches.num_sequences == 3
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_micro_batches_are_the_batchs_rows_in_order(size: int | None, sizes: list[int]) -> None:
+    batch = Batches(documents_of([9, 4, 9]), 5, seed=0, end_of_text=END, cross_document_attention=False).batch(3, 5)
+    pieces = list(batch.split(size))
+    assert [len(piece.tokens) for piece in pieces] == sizes
+    for name in ("tokens", "targets", "document_ids"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name)), name
+
+
+def test_a_batch_on_another_device_is_all_there() -> None:
+    batch = Batches(documents_of([9, 9]), 5, seed=0, end_of_text=END).batch(0, 2)
+    moved = batch.to(torch.device("meta"))
+    for name in ("tokens", "targets", "document_ids"):
+        there, here = getattr(moved, name), getattr(batch, name)
+        assert (there.device.type, there.shape, there.dtype) == ("meta", here.shape, here.dtype), name
+    for name in ("tokens", "targets", "document_ids"):
+        assert torch.equal(getattr(batch.to(torch.device("cpu")), name), getattr(batch, name)), name
+
+
 def test_another_seed_is_another_order() -> None:
     documents = documents_of([3] * 50)
     one, two = (Batches(documents, 10, seed=seed, end_of_text=END).batch(0, 5).tokens for seed in (0, 1))

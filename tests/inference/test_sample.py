@@ -74,3 +74,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     generator = torch.Generator().manual_seed(0)
     for top_p, allowed in ((0.5, {0}), (0.6, {0, 1}), (0.75, {0, 1}), (0.8, {0, 1, 2}), (0.01, {0})):
         assert {choose(logits, 1.0, top_p, generator) for _ in range(300)} == allowed
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([5.0, 80.0, 79.0, -1e30])
+    assert {choose(logits, temperature, top_p, generator) for top_p in (1.0, 0.9, 0.0) for _ in range(20)} == {1}
+    assert {choose(-logits, temperature, 1.0, generator) for _ in range(20)} == {3}
+    tie = torch.tensor([1.0, 7.0, 7.0])
+    assert {choose(tie, temperature, 1.0, generator) for _ in range(60)} == {1, 2}

@@ -1,5 +1,6 @@
 """Processes of a comparison: results, events, errors, deaths, interruption."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -78,6 +79,8 @@ def test_an_interruption_lets_the_jobs_save_before_it_is_raised(tmp_path: Path) 
     timers: list[threading.Timer] = []
 
     def on_start(name: str, event: dict[str, Any]) -> None:
+        if event["kind"] != "start":
+            return
         timers.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)))
         timers[-1].start()
 
@@ -86,9 +89,91 @@ def test_an_interruption_lets_the_jobs_save_before_it_is_raised(tmp_path: Path) 
     assert path.read_text() == "saved"
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def mistake_after(path: Path, emit: Emit) -> None:
+    wait_for(path)
+    raise UserError("no such text")
+
+
+def linger_and_tell(started: Path, saved: Path, emit: Emit) -> None:
+    linger(saved, lambda event: started.touch())
+
+
 def test_another_jobs_mistake_ends_the_rest_but_lets_them_save(tmp_path: Path) -> None:
-    path = tmp_path / "saved"
-    jobs = [Job("good", linger, (path,)), Job("bad", mistake, ())]
-    with pytest.raises(UserError):
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    jobs = [Job("good", linger_and_tell, (started, saved)), Job("bad", mistake_after, (started,))]
+    with pytest.raises(UserError, match="bad: no such text"):
         run_jobs(jobs, 2, lambda *_: None)
-    assert not path.exists() or path.read_text() == "saved"
+    assert saved.read_text() == "saved"
+
+
+def test_on_a_signal_each_running_job_is_told_to_be_stopping_and_no_other_begins(tmp_path: Path) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def on_event(name: str, event: dict[str, Any]) -> None:
+        heard.append((name, event["kind"]))
+        if len(heard) == 2:  # both have started
+            os.kill(os.getpid(), signal.SIGINT)
+
+    jobs = [Job(name, linger, (tmp_path / name,)) for name in ("fp8", "bf16", "late")]
+    with pytest.raises(Interrupted):
+        run_jobs(jobs, 2, on_event)
+    assert sorted(heard) == [("bf16", "start"), ("bf16", "stopping"), ("fp8", "start"), ("fp8", "stopping")]
+    assert {path.name for path in tmp_path.iterdir()} == {"fp8", "bf16"}
+
+
+def never_end(asked: Path, emit: Emit) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: asked.touch())
+    emit({"kind": "start"})
+    while True:
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("when", ["before they are asked to end", "while they are waited for"])
+def test_a_second_ctrl_c_ends_the_jobs_at_once(when: str, tmp_path: Path) -> None:
+    def press_when_asked() -> None:
+        wait_for(tmp_path / "asked")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    second = threading.Thread(target=press_when_asked, daemon=True)
+
+    def on_event(name: str, event: dict[str, Any]) -> None:
+        if event["kind"] == "stopping" and when == "before they are asked to end":
+            os.kill(os.getpid(), signal.SIGINT)
+        elif event["kind"] == "stopping":
+            second.start()
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([Job("fp8", never_end, (tmp_path / "asked",))], 1, on_event)
+    assert multiprocessing.active_children() == []
+    assert (tmp_path / "asked").exists() == (when == "while they are waited for")
+
+
+def occupy(log: Path, name: str, workers: int, emit: Emit) -> None:
+    with log.open("a") as file:
+        file.write(f"+ {name}\n")
+    deadline = time.monotonic() + 30
+    while log.read_text().count("+") < workers:  # the first ones are together for sure
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    with log.open("a") as file:
+        file.write(f"- {name}\n")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_as_many_jobs_run_at_once_as_there_are_workers_and_no_more(workers: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run_jobs([Job(name, occupy, (log, name, workers)) for name in "abc"], workers, lambda *_: None)
+    at_once = [0]
+    for line in log.read_text().splitlines():
+        at_once.append(at_once[-1] + (1 if line.startswith("+") else -1))
+    assert len(at_once) == 7 and max(at_once) == workers

@@ -1,5 +1,6 @@
 """The loop: exact resume, stages, stopping, and what it writes on the way."""
 
+import errno
 import json
 import os
 import signal
@@ -66,7 +67,8 @@ def test_resume_is_bit_exact(precision: str, recipe_with: RecipeWith, dataset_of
     second = Trainer.resume(run, dataset, latest[1])
     second.run()
     assert_same(state(whole), state(second))
-    kinds = ("step", "load", "health", "validation")
+    kinds = ("step", "load", "health", "validation", "checkpoint")
+    assert [e["step"] for e in facts(broken / "events.jsonl", "checkpoint")] == [2, 4, 6]  # also the one gone on from
     assert facts(broken / "events.jsonl", *kinds) == facts(tmp_path / "whole" / "events.jsonl", *kinds)
 
 
@@ -264,3 +266,50 @@ def test_a_perturbation_moves_every_master_by_the_last_places_and_depends_on_its
     other = dict(trainers[1].model.named_parameters())
     assert not torch.equal(trainers[0].model.lm_head.weight, other["lm_head.weight"])
     assert torch.equal(before["lm_head.weight"], trainers[2].model.lm_head.weight.detach())
+
+
+def test_a_divergence_is_told_in_the_runs_files(recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    recipe = recipe_with()
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset_of(recipe), arm="bf16")
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 4] = torch.nan
+    with pytest.raises(NonFinite):
+        trainer.run()
+    found = RunFolder.open(tmp_path / "run").state()
+    assert (found["state"], found["arm"], found["nonfinite"]) == ("failed", "bf16", "the weight lm_head.weight")
+    (end,) = read_events(tmp_path / "run" / "events.jsonl", "end")
+    assert end["reason"] == "not finite in the weight lm_head.weight"
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_half_one(
+    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_with()
+    dataset = dataset_of(recipe)
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
+    real = checkpoint.write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if trainer.step == 4 and path.name == "optimizer.safetensors":
+            path.write_bytes(b"half of it")
+            raise UserError(f"{path}: cannot be written: {os.strerror(errno.ENOSPC)}")
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+
+    def no_room(*_: object, **__: object) -> None:
+        raise UserError("run.json: cannot be written: an echo of the first error")
+
+    trainer.observer = lambda event: (
+        monkeypatch.setattr(trainer.run_folder, "set_state", no_room) if trainer.step == 4 else None
+    )
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: cannot be written: No space left"):
+        trainer.run()
+    run = RunFolder.open(tmp_path / "run")
+    assert [path.name for path in run.checkpoints_path.iterdir()] == ["step-2"]
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    monkeypatch.setattr(checkpoint, "write_tensors", real)  # there is room again
+    resumed = Trainer.resume(run, dataset, latest[1])
+    assert resumed.run() == "finished"
+    assert_same(state(resumed), state(trained(recipe, tmp_path / "whole", dataset)))

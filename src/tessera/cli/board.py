@@ -77,6 +77,9 @@ class Board:
                 self._step(job, event)
             case "validation":
                 self.say(f"{job}: validation at step {event['step']}: {event['bits_per_byte']:.3f} bits per byte")
+            case "stopping":
+                training = job in self._steps
+                self.say(f"{job}: stopping" + (" after this step, with a checkpoint" if training else ""))
             case "progress":
                 done, total = event["done"], event["total"]
                 self._show(job, done, total, f"batch {done:>{len(str(total))}}/{total}")

@@ -20,6 +20,7 @@ EXAMPLE = examples(
     "tessera train recipes/small.toml --from runs/small --out runs/small-2",
 )
 
+STOPPING = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without one)"
 TOKENIZER = "tokenizer.json"  # of a checkpoint; and of a run, where it came with the weights
 
 
@@ -77,7 +78,7 @@ def command(
             say("stopped before the first step; the same command begins again")
             raise typer.Exit(130) from None
         try:
-            state = trainer.run()
+            state = trainer.run(lambda: board.say(STOPPING))
         except KeyboardInterrupt:  # a second Ctrl-C
             say(f"stopped at once, without a new checkpoint. Go on with:\n  tessera train --resume {run.path}")
             raise typer.Exit(130) from None

@@ -47,7 +47,9 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """logits float32 [V] -> a token id."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    logits = logits.double()
+    # The largest is 0 before the division, which then overflows to minus infinity at worst: the greedy choice.
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(0) - ordered >= top_p

@@ -34,11 +34,30 @@ def save(
     """Write checkpoints/step-N of the run; returns its path.
 
     `tokenizer` is the text of tokenizer.json, `facts` are the trainer's numbers. Raises UserError where the disk
-    refuses; earlier checkpoints are untouched then.
+    refuses; earlier checkpoints are untouched then, and nothing of this one is left to fill the disk.
     """
     target = run.checkpoint_path(step)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, run, step, model, optimizer, tokenizer, facts)
+        _remove(target)  # a run resumed from an earlier checkpoint writes its later ones again
+        publish_folder(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write(
+    partial: Path,
+    run: RunFolder,
+    step: int,
+    model: nn.Module,
+    optimizer: AdamW,
+    tokenizer: str,
+    facts: Mapping[str, Any],
+) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -49,9 +68,6 @@ def save(
     write_json(partial / "state.json", state)
     write_atomic(partial / "recipe.toml", run.recipe().to_toml())
     write_atomic(partial / "tokenizer.json", tokenizer)
-    _remove(target)  # a run resumed from an earlier checkpoint writes its later ones again
-    publish_folder(partial, target)
-    return target
 
 
 def prune(run: RunFolder, keep: int, milestones: Collection[int]) -> None:
@@ -66,7 +82,10 @@ def _remove(path: Path) -> None:
     if path.exists():
         doomed = path.with_name(path.name + ".old.partial")
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be removed: {error.strerror}") from None
         shutil.rmtree(doomed, ignore_errors=True)
 
 

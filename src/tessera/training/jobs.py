@@ -2,14 +2,15 @@
 
 For the arms of a comparison: they share nothing but files, and one thread each beats two threads on one arm. A job
 may wait for others. A UserError in a job is raised here again; a job that dies is reported with its exit status. On
-Ctrl-C or SIGTERM the jobs are asked to end (training finishes its step and keeps a checkpoint) and waited for.
+Ctrl-C or SIGTERM the jobs are asked to end (training finishes its step and keeps a checkpoint) and waited for; on a
+second Ctrl-C they are killed.
 """
 
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -38,55 +39,75 @@ class Job:
 def run_jobs(jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
     """Run all jobs, at most `workers` at once, in order where nothing waits; returns results by name.
 
-    `observer(name, event)` hears what a job emits. Raises the first job's UserError (the others are ended), a
-    RuntimeError with the job's traceback for a defect, Interrupted on a signal.
+    `observer(name, event)` hears what a job emits, and {"kind": "stopping"} of each running job on a signal. Raises
+    the first job's UserError (the others are ended), a RuntimeError with the job's traceback for a defect, Interrupted
+    on a signal; KeyboardInterrupt on a second Ctrl-C, which ends the jobs at once, without a checkpoint.
     """
     context = multiprocessing.get_context("spawn")
     waiting, running, results = list(jobs), dict[str, tuple[SpawnProcess, Connection]](), dict[str, Any]()
-    with finish_on_signal() as wish:
-        try:
-            while waiting or running:
-                if wish.stop:
-                    raise Interrupted
-                ready = [job for job in waiting if all(name in results for name in job.after)]
-                for job in ready[: workers - len(running)]:
-                    waiting.remove(job)
-                    mine, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_child, args=(theirs, job.target, job.arguments), name=job.name)
-                    # Ctrl-C reaches every process of a terminal; the jobs are to hear of it from us alone, once they
-                    # are able to answer, so SIGINT stays blocked in them.
-                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                    process.start()
-                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                    theirs.close()
-                    running[job.name] = (process, mine)
-                for name in _readable(running):
-                    process, connection = running[name]
-                    message = _receive(connection)
-                    if message is None:
-                        process.join()
-                        raise UserError(
-                            f"the process of {name} ended without a word (exit status {process.exitcode}); if it was "
-                            "killed for memory, run fewer workers; what is done is kept"
-                        )
-                    kind, value = message
-                    if kind == "event":
-                        observer(name, value)
-                        continue
+    with finish_on_signal() as wish, _ended_with(running):
+        while waiting or running:
+            if wish.stop:
+                for name in running:
+                    observer(name, {"kind": "stopping"})
+                raise Interrupted
+            ready = [job for job in waiting if all(name in results for name in job.after)]
+            for job in ready[: workers - len(running)]:
+                waiting.remove(job)
+                mine, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(theirs, job.target, job.arguments), name=job.name)
+                # Ctrl-C reaches every process of a terminal; the jobs are to hear of it from us alone, once they
+                # are able to answer, so SIGINT stays blocked in them.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                process.start()
+                running[job.name] = (process, mine)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                theirs.close()
+            for name in _readable(running):
+                process, connection = running[name]
+                message = _receive(connection)
+                if message is None:
                     process.join()
-                    del running[name]
-                    if kind == "user error":
-                        raise UserError(f"{name}: {value}")
-                    if kind == "defect":
-                        raise RuntimeError(f"{name} failed:\n{value}")
-                    results[name] = value
-        finally:
+                    raise UserError(
+                        f"the process of {name} ended without a word (exit status {process.exitcode}); if it was "
+                        "killed for memory, run fewer workers; what is done is kept"
+                    )
+                kind, value = message
+                if kind == "event":
+                    observer(name, value)
+                    continue
+                process.join()
+                del running[name]
+                if kind == "user error":
+                    raise UserError(f"{name}: {value}")
+                if kind == "defect":
+                    raise RuntimeError(f"{name} failed:\n{value}")
+                results[name] = value
+    return results
+
+
+@contextmanager
+def _ended_with(running: dict[str, tuple[SpawnProcess, Connection]]) -> Iterator[None]:
+    """On an error in the block the processes of `running` are told to end and waited for: they may save.
+
+    A KeyboardInterrupt, in the block or in that wait, ends them at once.
+    """
+    try:
+        try:
+            yield
+        except Exception:
             for process, _ in running.values():
                 process.terminate()
             for process, connection in running.values():
-                connection.close()
+                connection.close()  # a job that waits to be heard goes on
                 process.join()
-    return results
+            raise
+    except BaseException:  # a KeyboardInterrupt; after any other error they have ended
+        for process, _ in running.values():
+            process.kill()
+        for process, _ in running.values():
+            process.join()
+        raise
 
 
 def _readable(running: dict[str, tuple[SpawnProcess, Connection]]) -> list[str]:

@@ -4,6 +4,8 @@ A reader of events like the report: whatever it shows is in events.jsonl too. On
 TensorBoard's own purge hides the steps that are made again.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ _NOT_CURVES = ("kind", "step")
 
 
 class TensorBoard:
-    """Writes `folder`/tensorboard; give `handle` every event. Raises UserError where the extra is missing."""
+    """Writes `folder`/tensorboard; give `handle` every event.
+
+    Raises UserError where the extra is missing or the disk refuses; the files are written in a thread of their own, so
+    that the event whose curves are refused is an earlier one.
+    """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         try:
@@ -23,10 +29,28 @@ class TensorBoard:
                 "training.tensorboard = true, but TensorBoard is not installed; pip install 'tessera[tensorboard]', "
                 "or set it to false"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step or None)
+        self._path = folder / "tensorboard"
+        with self._writing():
+            self._writer = SummaryWriter(str(self._path), purge_step=purge_step or None)
 
     def handle(self, event: dict[str, Any]) -> None:
         """Write an event's curves; kinds without any are passed over."""
+        with self._writing():
+            self._handle(event)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        with self._writing():
+            self._writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from None
+
+    def _handle(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "step" | "validation":
                 for name, value in event.items():
@@ -42,10 +66,6 @@ class TensorBoard:
                 for tensor, figures in event["tensors"].items():
                     for name in ("relative_rms", "saturated", "flushed", "rounded_twice"):
                         self._curve(f"health {name}/{tensor}", figures[name], event["step"])
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._writer.close()
 
     def _curve(self, name: str, value: Any, step: int) -> None:
         if isinstance(value, list):

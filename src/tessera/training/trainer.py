@@ -10,6 +10,7 @@ that is not. Wall-clock figures (tokens/s, MFU, elapsed seconds) are measurement
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,39 +108,50 @@ class Trainer:
 
     # The run
 
-    def run(self) -> State:
+    def run(self, announce: Callable[[], None] | None = None) -> State:
         """Train to the recipe's last step; returns "finished" or "interrupted" (Ctrl-C, SIGTERM; checkpoint kept).
 
-        Raises NonFinite before the optimizer of the first step that is not finite, and UserError where the disk
-        refuses; the run's state is then "failed".
+        `announce` is called, in a thread of its own, as soon as such a signal arrives. Raises NonFinite before the
+        optimizer of the first step that is not finite, and UserError where the disk refuses; the run's state is then
+        "failed".
         """
         self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
         self._tensorboard = TensorBoard(self.run_folder.path, self.step) if self.recipe.training.tensorboard else None
         self.run_folder.set_state("running", self.step, arm=self.arm)
-        state: State = "failed"
-        facts: dict[str, Any] = {"arm": self.arm}
         try:
             self._announce()
-            with finish_on_signal() as wish:
+            with finish_on_signal(announce) as wish:
                 while self.step < self.recipe.training.steps and not wish.stop:
                     self._step()
                     self._look_up()
                 # Still inside: a second SIGTERM must not end the process in the middle of its checkpoint.
-                reason: State = "finished" if self.step >= self.recipe.training.steps else "interrupted"
+                state: State = "finished" if self.step >= self.recipe.training.steps else "interrupted"
                 if self._saved_at != self.step:
                     self._save()
-                self._end(reason)
-                state = reason
-        except nonfinite.NonFinite as error:
-            facts["nonfinite"] = error.where  # going on would end here again
-            self._end(f"not finite in {error.where}")
+                self._end(state)
+        except BaseException as error:
+            with suppress(Exception):  # a full disk: what is told is the first error, not one of its echoes
+                self._fail(error)
             raise
+        self._close(state)
+        return state
+
+    def _fail(self, error: BaseException) -> None:
+        facts = {}
+        try:
+            if isinstance(error, nonfinite.NonFinite):
+                facts["nonfinite"] = error.where  # going on would end here again
+                self._end(f"not finite in {error.where}")
         finally:
+            self._close("failed", **facts)
+
+    def _close(self, state: State, **facts: Any) -> None:
+        try:
             self._events.close()
             if self._tensorboard:
                 self._tensorboard.close()
-            self.run_folder.set_state(state, self.step, **facts)
-        return state
+        finally:
+            self.run_folder.set_state(state, self.step, arm=self.arm, **facts)
 
     def _end(self, reason: str) -> None:
         speed = self.tokens / max(self.seconds, 1e-9)
@@ -259,6 +271,9 @@ class Trainer:
         return validate(self.model, parts, self.dataset.token_bytes, masked=masked)
 
     def _save(self) -> None:
+        path = self.run_folder.checkpoint_path(self.step)
+        # Before the offset is taken: a run that goes on from this checkpoint keeps the event of it.
+        self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path)))
         facts = {
             "position": self.position,
             "tokens": self.tokens,
@@ -266,12 +281,9 @@ class Trainer:
             "event_offset": self._events.offset,
             "data": self.dataset.facts["digest"],
         }
-        path = checkpoint.save(
-            self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts
-        )
+        checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts)
         self._saved_at = self.step
         self.run_folder.set_state("running", self.step, arm=self.arm)
-        self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path)))
         keep = self.recipe.training.keep_checkpoints
         if keep:
             checkpoint.prune(self.run_folder, keep, self.milestones)
