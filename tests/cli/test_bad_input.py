@@ -146,6 +146,17 @@ def test_a_bad_override_is_named_with_the_nearest_key(setting: str, said: str, r
     assert_refused(tessera("train", recipe, "--set", setting), f"--set {setting}", said)
 
 
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_recipe_or_a_run_to_go_on_with_is_needed_and_not_both(
+    verb: str, recipe: Path, run: Path, tmp_path: Path
+) -> None:
+    said = [f"{verb} takes a RECIPE or --resume DIR", f"tessera {verb} --help"]
+    assert_refused(tessera(verb), *said)
+    assert_refused(tessera(verb, recipe, "--resume", run), *said)
+    assert_refused(tessera(verb, "--resume", run, "--out", tmp_path / "out"), "--resume goes on with", "--out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_arms_without_a_twin_and_unknown_arms_are_refused(recipe: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
     assert_refused(tessera("compare", recipe, "--arms", "fp8", *out), "bf16 is missing")

@@ -1,11 +1,16 @@
 """The time left and the warning about it, on a clock that the test moves."""
 
+import io
+import os
+import signal
+import sys
 from typing import Any
 
 import pytest
 
 from tessera.cli import board as module
-from tessera.cli.board import Board
+from tessera.cli.board import STOPPING, Board
+from tessera.training.interrupt import finish_on_signal
 
 
 @pytest.fixture
@@ -50,3 +55,41 @@ def test_a_run_longer_than_its_limit_says_so_once_and_a_shorter_one_never(
     lines.clear()
     play([30, *[2] * 299], monkeypatch, steps=300, limit=12)
     assert not any("all steps" in line for line in lines)
+
+
+def test_a_stop_is_told_once_and_only_of_jobs_that_train(lines: list[str]) -> None:
+    board = Board()
+    board.handle("same weights", {"kind": "stopping"})
+    assert lines == []
+    for job in ("bf16", "fp8"):
+        board.handle(job, {"kind": "start", "steps": 10, "step": 0, "notes": []})
+    for job in ("same weights", "bf16", "fp8"):
+        board.handle(job, {"kind": "stopping"})
+    assert lines == [STOPPING]
+
+
+class Terminal(io.StringIO):
+    """A terminal where Ctrl-C is pressed while a line about validation is written."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if "validation" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_stop_in_the_middle_of_a_line_above_the_bars_is_told_in_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with Board() as board, finish_on_signal(lambda: board.handle("fp8", {"kind": "stopping"})) as wish:
+        board.handle("fp8", {"kind": "start", "steps": 10, "step": 0, "notes": []})
+        board.handle("fp8", {"kind": "step", "step": 0, "tokens_per_s": 100.0, "lm_loss": 4.0})
+        board.handle("fp8", {"kind": "validation", "step": 1, "bits_per_byte": 2.0})
+        assert wish.stop
+    lines = [line.rpartition("\x1b[2K")[2].strip() for line in terminal.getvalue().split("\n")]
+    assert STOPPING in lines and "fp8: validation at step 1: 2.000 bits per byte" in lines

@@ -10,7 +10,8 @@ from tessera.training import compare
 from tests.cli.conftest import Answer, tessera
 from tests.cli.test_train import losses, press_ctrl_c, start, weights
 
-STEPS = ["--set", "training.steps=8"]
+LAST = 24  # steps; enough for a signal to arrive before the end
+STEPS = ["--set", f"training.steps={LAST}"]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,9 @@ def test_the_end_tells_losses_verdict_sample_and_report(compared: tuple[Path, An
     assert answer.code == 0, answer.err
     for words in ("FP8 verdict: passed", "same-weights loss error", "bar 0.05%", "Witten-Bell bigram", "Sample:\ndef "):
         assert words in answer.out
-    assert "not resolved: the run has 8 steps" in answer.out
+    assert f"not resolved: the run has {LAST} steps" in answer.out
     assert f"Report: {folder}/report.html" in answer.out and (folder / "report.html").is_file()
-    assert "bf16: step 8/8" in answer.err and "fp8: step 8/8" in answer.err
+    assert f"bf16: step {LAST}/{LAST}" in answer.err and f"fp8: step {LAST}/{LAST}" in answer.err
 
 
 def test_json_of_a_finished_comparison_is_one_object_and_nothing_is_done_again(compared: tuple[Path, Answer]) -> None:
@@ -59,6 +60,7 @@ def test_ctrl_c_keeps_every_arm_and_resuming_gives_the_unbroken_comparison(
     process = start("compare", recipe, *STEPS, "--out", folder)
     answer = press_ctrl_c(process, after="validation at step 2")
     assert answer.code == 130 and answer.out == "" and "Traceback" not in answer.err
+    assert "stopping after this step" in answer.err
     assert "checkpoints are kept" in answer.err and f"tessera compare --resume {folder}" in answer.err
     states = [RunFolder.open(path).state() for path in (folder / "arms").iterdir()]
     assert any(state["state"] == "interrupted" for state in states)
@@ -70,7 +72,7 @@ def test_ctrl_c_keeps_every_arm_and_resuming_gives_the_unbroken_comparison(
     for arm in ("bf16", "fp8"):
         one, other = (path / "arms" / arm for path in (folder, compared[0]))
         assert losses(one) == losses(other)
-        assert weights(one, 8) == weights(other, 8)
+        assert weights(one, LAST) == weights(other, LAST)
 
 
 def test_an_arm_can_be_sampled_and_resumed_by_itself(compared: tuple[Path, Answer]) -> None:

@@ -31,6 +31,23 @@ def test_a_run_and_its_latest_checkpoint_give_the_same_sample(run: Path) -> None
     assert of_run["precision"] == "fp8" and of_run["checkpoint"] == str(run / "checkpoints" / "step-4")
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--temperature", "-0.1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-p", "nan"),
+        ("--top-p", "1.1"),
+        ("--top-p", "-1"),
+    ],
+)
+def test_a_number_that_draws_nothing_sensible_is_refused_by_name(option: str, value: str, run: Path) -> None:
+    answer = tessera("sample", run, option, value)
+    assert answer.code == 2 and answer.out == ""
+    assert option in answer.err and "Traceback" not in answer.err
+
+
 def test_a_terminal_is_not_sent_control_characters(run: Path) -> None:
     answer = tessera("sample", run, "--prompt", "a\x1b[31mb\x07", "--tokens", 40, "--temperature", 5)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", answer.out)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tessera.store import RunFolder, read_events
+from tessera.training.trainer import Trainer
 from tests.cli.conftest import Answer, tessera, write_text
 
 COMMAND = [sys.executable, "-c", "from tessera.cli.main import main; main()"]
@@ -68,7 +69,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(recipe: P
     run = tmp_path / "run"
     answer = press_ctrl_c(start("train", recipe, *longer, "--out", run), after="validation at step 2")
     assert answer.code == 130 and answer.out == "" and "Traceback" not in answer.err
-    assert "a checkpoint is kept" in answer.err and f"tessera train --resume {run}" in answer.err
+    at_once, at_the_end = answer.err.index("stopping after this step"), answer.err.index("stopped after step")
+    assert at_once < at_the_end and f"tessera train --resume {run}" in answer.err
     state = RunFolder.open(run).state()
     assert state["state"] == "interrupted" and 2 <= state["step"] < 12
     assert (run / "report.html").is_file()
@@ -77,6 +79,30 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(recipe: P
     assert answer.code == 0 and "finished   12 steps" in answer.out
     assert losses(run) == losses(tmp_path / "unbroken")
     assert weights(run, 12) == weights(tmp_path / "unbroken", 12)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_second_ctrl_c_tells_the_way_on_that_there_is(
+    kept: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        original(trainer)
+
+    original = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", step)
+    run = tmp_path / "run"
+    settings = ["--set", f"training.checkpoint_interval={kept}", "--set", "training.steps=4"]
+    answer = tessera("train", recipe, *settings, "--out", run)
+    assert answer.code == 130 and answer.out == "" and "stopped at once" in answer.err
+    assert (f"go on from step 2 with:\n  tessera train --resume {run}" in answer.err) == (kept == 2)
+    monkeypatch.undo()
+    again = tessera("train", "--resume", run)
+    assert again.code == (0 if kept else 2)
+    if not kept:
+        assert "no checkpoint" in answer.err and "no checkpoint" in again.err and "--out" in again.err
 
 
 def test_ctrl_c_before_the_first_step_leaves_no_folder(recipe: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Sampling against the definition."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,26 +63,47 @@ def test_an_empty_prompt_is_refused(model: Transformer) -> None:
         next(continue_tokens(model, [], max_new_tokens=1))
 
 
-def test_draws_follow_the_softmax_at_the_temperature() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([choose(logits, 0.7, 1.0, generator) for _ in range(4000)])
-    shares = torch.bincount(draws, minlength=4) / 4000
-    assert torch.allclose(shares.double(), torch.softmax(logits.double() / 0.7, 0), atol=0.03)
+def slow_distribution(logits: list[float], temperature: float, top_p: float) -> list[float]:
+    """What is drawn from, in Python's own numbers: e^(logit / temperature) of the smallest set that reaches top_p."""
+    powers = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: (-powers[token], token))
+    kept: list[int] = []
+    while not kept or (sum(powers[token] for token in kept) < top_p * sum(powers) and len(kept) < len(order)):
+        kept.append(order[len(kept)])
+    whole = sum(powers[token] for token in kept)
+    return [powers[token] / whole if token in kept else 0.0 for token in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.62, 0.9, 1.0])
+def test_draws_follow_the_slow_distribution(temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(6, generator=generator) * 1.5
+    draws = torch.tensor([choose(logits, temperature, top_p, generator) for _ in range(2000)])
+    shares = torch.bincount(draws, minlength=6).double() / 2000
+    expected = torch.tensor(slow_distribution(logits.tolist(), temperature, top_p), dtype=torch.float64)
+    assert torch.equal(shares[expected == 0], torch.zeros(int((expected == 0).sum()), dtype=torch.float64))
+    assert (shares - expected).abs().max() < 0.04  # 3.6 standard deviations of a share of one half
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
     generator = torch.Generator().manual_seed(0)
-    for top_p, allowed in ((0.5, {0}), (0.6, {0, 1}), (0.75, {0, 1}), (0.8, {0, 1, 2}), (0.01, {0})):
-        assert {choose(logits, 1.0, top_p, generator) for _ in range(300)} == allowed
+    quarters = torch.zeros(4)  # of equally probable tokens the first ones are kept
+    for top_p, number in ((0.0, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)):
+        assert {choose(quarters, 1.0, top_p, generator) for _ in range(200)} == set(range(number))
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
-def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-320, 5e-324])
+def test_a_temperature_near_zero_is_greedy_and_draws_among_equals(temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([5.0, 80.0, 79.0, -1e30])
     assert {choose(logits, temperature, top_p, generator) for top_p in (1.0, 0.9, 0.0) for _ in range(20)} == {1}
     assert {choose(-logits, temperature, 1.0, generator) for _ in range(20)} == {3}
     tie = torch.tensor([1.0, 7.0, 7.0])
     assert {choose(tie, temperature, 1.0, generator) for _ in range(60)} == {1, 2}
+
+
+def test_top_p_0_is_greedy_also_among_many_equals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (500,), generator=generator).float()
+    assert choose(logits, 0.8, 0.0, generator) == choose(logits, 0, 1.0, generator) == logits.tolist().index(2.0)

@@ -237,10 +237,12 @@ def test_routers_are_listed_in_order_with_their_layers() -> None:
 @torch.no_grad()
 def test_a_token_depends_on_those_before_it_alone_bit_for_bit(precision: str) -> None:
     model = shapes.with_biases(shapes.model(SECTION, precision))
-    tokens = shapes.tokens(SECTION, batch=3, length=100)
-    hidden = model(tokens).hidden
-    logits = model.logits(hidden)
-    for length in (1, 2, 3, 16, 63, 64, 65, 99):
-        alone = model(tokens[1:2, :length]).hidden
-        assert torch.equal(alone[0], hidden[1, :length]), length
-        assert torch.equal(model.logits(alone)[0], logits[1, :length]), length
+    tokens = shapes.tokens(SECTION, batch=3, length=200)
+    whole = model(tokens)
+    logits, drafts = model.logits(whole.hidden), model.draft(1, whole.carry, tokens.roll(-1, 1)).hidden
+    for length in (1, 2, 3, 16, 31, 63, 64, 65, 99, 129, 130, 199):
+        alone = model(tokens[1:2, :length])
+        draft = model.draft(1, alone.carry, tokens.roll(-1, 1)[1:2, :length]).hidden
+        assert torch.equal(alone.hidden[0], whole.hidden[1, :length]), length
+        assert torch.equal(model.logits(alone.hidden)[0], logits[1, :length]), length
+        assert torch.equal(draft[0], drafts[1, :length]), length

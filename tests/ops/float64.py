@@ -16,15 +16,20 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def role(kind: RoleKind = RoleKind.OTHER, precision: str = "fp8", name: str = "layer") -> Role:
-    return Role(name, Policy(precision=precision).role(kind), Recorder())
+def role(kind: RoleKind = RoleKind.OTHER, precision: str = "fp8", name: str = "layer", tiles: str = "block") -> Role:
+    return Role(name, Policy(precision=precision, tiles=tiles).role(kind), Recorder())
 
 
 def weight(
-    *shape: int, kind: RoleKind = RoleKind.OTHER, precision: str = "fp8", row_segment: int = 0, seed: int = 0
+    *shape: int,
+    kind: RoleKind = RoleKind.OTHER,
+    precision: str = "fp8",
+    row_segment: int = 0,
+    seed: int = 0,
+    tiles: str = "block",
 ) -> Weight:
     parameter = torch.nn.Parameter(normal(*shape, seed=seed, scale=shape[-1] ** -0.5))
-    return Weight(parameter, role(kind, precision), row_segment)
+    return Weight(parameter, role(kind, precision, tiles=tiles), row_segment)
 
 
 def relative(value: Tensor, exact: Tensor) -> float:

@@ -90,6 +90,11 @@ def test_a_tokens_loss_depends_on_that_token_alone(dtype: torch.dtype) -> None:
             only[token] = targets[token]
             alone = chunked_loss(hidden[token : token + 1], head, targets[token : token + 1])
             assert torch.equal(chunked_loss(hidden, head, only), alone), token
+    chunked_loss(hidden, head, targets).backward()
+    for rows in (slice(0, 1), slice(100, 103), slice(512, 515)):
+        part = hidden[rows].detach().requires_grad_()
+        chunked_loss(part, head, targets[rows]).backward()
+        assert torch.equal(part.grad, hidden.grad[rows]), rows
 
 
 def test_tokens_are_added_in_float64() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import tests.ops.float64 as float64
-from tessera.numerics import BLOCK, COLUMN, E4M3, VECTOR, RoleKind, quantise
+from tessera.numerics import BLOCK, COLUMN, E4M3, ROW, TENSOR, VECTOR, RoleKind, quantise
+from tessera.numerics.tiles import Tile
 from tessera.ops.dispatch import Dispatcher, LocalDispatcher, Slots, sort_slots
 from tessera.ops.expert_mlp import Experts, expert_mlp
 from tests.ops.float64 import BF16, Product, decoded, normal
@@ -23,11 +24,15 @@ def ids_with(groups: list[int], choices: int, seed: int = 0) -> Tensor:
     return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))].view(-1, choices)
 
 
-def make_experts(num: int, hidden: int, intermediate: int, precision: str) -> Experts:
+def make_experts(num: int, hidden: int, intermediate: int, precision: str, tiles: str = "block") -> Experts:
     up, down = RoleKind.EXPERT_GATE_UP, RoleKind.EXPERT_DOWN
     return Experts(
-        float64.weight(num, 2 * intermediate, hidden, kind=up, precision=precision, row_segment=intermediate, seed=1),
-        float64.weight(num, hidden, intermediate, kind=down, precision=precision, row_segment=hidden, seed=2),
+        float64.weight(
+            num, 2 * intermediate, hidden, kind=up, precision=precision, row_segment=intermediate, seed=1, tiles=tiles
+        ),
+        float64.weight(
+            num, hidden, intermediate, kind=down, precision=precision, row_segment=hidden, seed=2, tiles=tiles
+        ),
     )
 
 
@@ -195,3 +200,34 @@ def test_a_token_does_not_depend_on_the_others(rows: int, precision: str) -> Non
         return expert_mlp(x[:count], operand, ids[:count], weights[:count], experts, LocalDispatcher())
 
     assert torch.equal(run(rows), run(200)[:rows])
+
+
+@pytest.mark.parametrize("tiles, along", [("row", ROW), ("tensor", TENSOR)])
+def test_tiles_of_a_whole_matrix_lie_over_each_experts_gate_and_up(
+    tiles: str, along: Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = make_experts(3, 48, 20, "fp8", tiles)
+    for expert, factor in enumerate((1.0, 300.0, 0.01)):
+        experts.gate_up.parameter.data[expert, 20:] *= factor  # up alone, so that gate and up differ as well
+        experts.down.parameter.data[expert] *= factor
+    x, ids = normal(12, 48, seed=3).to(BF16).requires_grad_(), ids_with([5, 4, 3], 1)
+    products = float64.spy_on_gemms(monkeypatch)
+    y = expert_mlp(x, experts.gate_up.role.input(x.detach()), ids, torch.ones(12, 1), experts, LocalDispatcher())
+    y.backward(normal(*y.shape, seed=5).to(BF16))
+    up, down, d_product, _, dx, dw_up = _in_order(products)
+    halves = [half for w in experts.gate_up.parameter.detach() for half in w.chunk(2)]
+    for operand, parts in ((up.b, halves), (down.b, experts.down.parameter.detach())):
+        owed = [quantise(part, E4M3, along) for part in parts]
+        assert torch.equal(operand.codes, torch.cat([q.codes for q in owed]))
+        assert torch.equal(operand.scales, torch.cat([q.scales for q in owed]))
+    # Gradients of gate and up, by the formula from the cached codes: enough of it for their scales.
+    kept = torch.cat([decoded(quantise(half, E4M3, VECTOR)) for half in up.result.chunk(2, dim=-1)], dim=-1)
+    gate, value = kept.chunk(2, dim=-1)
+    d, s = d_product.result.double(), torch.sigmoid(gate)
+    owed = [d * value * s * (1 + gate * (1 - s)), d * gate * s]
+    scales = [quantise(part.to(BF16), E4M3, along).scales for part in owed]
+    assert torch.equal(dx.a.scales, torch.cat(scales, dim=1)) and not torch.equal(*scales)
+    if tiles == "tensor":  # those of rows are columns here, each with a scale of its own
+        assert torch.equal(dw_up.a.scales, torch.cat(scales, dim=1))
+    for product in products:
+        product.assert_exact()

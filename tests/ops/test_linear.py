@@ -1,11 +1,14 @@
 """Norms, plain, normed and unquantised linears, SwiGLU: against float64, and row by row."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import tests.ops.float64 as float64
-from tessera.numerics import COLUMN, E4M3, VECTOR, RoleKind, Weight, quantise
+from tessera.numerics import COLUMN, E4M3, ROW, TENSOR, VECTOR, RoleKind, quantise
+from tessera.numerics.tiles import ROW_OF_TRANSPOSED, Tile
 from tessera.ops.dense_linear import dense_linear
 from tessera.ops.linear import linear, normed_linear
 from tessera.ops.rms_norm import rms_norm
@@ -82,16 +85,24 @@ def test_a_row_depends_on_that_row_alone(rows: int, precision: str) -> None:
     x, gamma = normal(200, 640).to(dtype), 1 + normal(640, seed=1)
     w, up = (float64.weight(n, 640, precision=precision, row_segment=s) for n, s in ((72, 0), (528, 264)))
     down, router = float64.weight(640, 264, precision=precision), normal(9, 640, seed=2)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "normed linear": lambda x: normed_linear(x, gamma, 1e-6, w)[0],
+        "swiglu": lambda x: swiglu_linear(linear(x, up.role.input(x.detach()), up), up.role, down),
+        "norm": lambda x: rms_norm(x, gamma, 1e-6),
+        "router": lambda x: dense_linear(x, router, torch.float32),
+        "eh_proj": lambda x: dense_linear(x, router, x.dtype),
+    }
 
-    def run(x: Tensor) -> list[Tensor]:
-        def one(w: Weight) -> Tensor:
-            return normed_linear(x, gamma, 1e-6, w)[0]
+    def run(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        y = function(x)
+        y.backward(normal(200, y.shape[1], seed=5)[: len(x)].to(y.dtype))
+        return y.detach(), x.grad
 
-        gated = swiglu_linear(linear(x, up.role.input(x), up), up.role, down)
-        return [one(w), gated, rms_norm(x, gamma, 1e-6), dense_linear(x, router, torch.float32)]
-
-    for part, whole in zip(run(x[:rows]), run(x), strict=True):
-        assert torch.equal(part, whole[:rows])
+    for name, function in functions.items():
+        whole, part = run(function, x), run(function, x[:rows])
+        assert torch.equal(part[0], whole[0][:rows]), name
+        assert torch.equal(part[1], whole[1][:rows]), f"gradient of {name}"
 
 
 def test_the_swiglu_product_is_rounded_once_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +121,26 @@ def test_the_swiglu_product_is_rounded_once_from_fp32(monkeypatch: pytest.Monkey
     gate, up = kept.chunk(2, dim=-1)
     again = quantise((torch.nn.functional.silu(gate) * up).float(), E4M3, COLUMN)
     assert (backward.b.codes != again.codes).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("tiles, along, columns", [("row", ROW, ROW_OF_TRANSPOSED), ("tensor", TENSOR, TENSOR)])
+def test_tiles_of_a_whole_matrix_lie_over_gate_and_up_apart(
+    tiles: str, along: Tile, columns: Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = float64.weight(2 * 40, 72, row_segment=40, kind=RoleKind.EXPERT_GATE_UP, tiles=tiles)
+    up.parameter.data[40:] *= 300.0  # in one tile with it, much of gate would become zero
+    x = normal(70, 72).to(BF16).requires_grad_()
+    dy = torch.cat([normal(70, 40, seed=1), 300.0 * normal(70, 40, seed=2)], dim=1).to(BF16)
+    seen = float64.spy_on_gemms(monkeypatch)
+    linear(x, up.role.input(x.detach()), up).backward(dy)
+    fprop, dgrad, wgrad = seen
+    gate_and_up, gradients = up.parameter.detach().split(40), dy.split(40, dim=1)
+    for operand, tile, dim, parts in ((fprop.b, along, 0, gate_and_up), (dgrad.a, along, 1, gradients)):
+        owed = [quantise(part.contiguous(), E4M3, tile) for part in parts]
+        assert torch.equal(operand.codes, torch.cat([q.codes for q in owed], dim=dim))
+        assert torch.equal(operand.scales, torch.cat([q.scales for q in owed], dim=dim))
+    owed = [quantise(part.contiguous(), E4M3, columns) for part in gradients]
+    assert torch.equal(wgrad.a.codes, torch.cat([q.codes for q in owed], dim=1))
+    assert torch.equal(wgrad.a.scales, torch.cat([q.scales for q in owed], dim=1))
+    for product in seen:
+        product.assert_exact()

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ import pytest
 
 from tessera.recipe import UserError
 from tessera.training.jobs import Emit, Interrupted, Job, run_jobs
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20  # a job that waits for ever would hang the tests
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def answer(value: int, emit: Emit) -> int:
@@ -40,8 +48,7 @@ def linger(path: Path, emit: Emit) -> None:
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
     emit({"kind": "start"})
-    while not ended:
-        time.sleep(0.01)
+    wait_until(lambda: bool(ended))
     path.write_text("saved")
 
 
@@ -89,15 +96,8 @@ def test_an_interruption_lets_the_jobs_save_before_it_is_raised(tmp_path: Path) 
     assert path.read_text() == "saved"
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def mistake_after(path: Path, emit: Emit) -> None:
-    wait_for(path)
+    wait_until(path.exists)
     raise UserError("no such text")
 
 
@@ -128,17 +128,19 @@ def test_on_a_signal_each_running_job_is_told_to_be_stopping_and_no_other_begins
     assert {path.name for path in tmp_path.iterdir()} == {"fp8", "bf16"}
 
 
-def never_end(asked: Path, emit: Emit) -> None:
+def take_long(asked: Path, ended: Path, emit: Emit) -> None:
     signal.signal(signal.SIGTERM, lambda *_: asked.touch())
     emit({"kind": "start"})
-    while True:
-        time.sleep(1)
+    time.sleep(20)
+    ended.touch()
 
 
 @pytest.mark.parametrize("when", ["before they are asked to end", "while they are waited for"])
 def test_a_second_ctrl_c_ends_the_jobs_at_once(when: str, tmp_path: Path) -> None:
+    asked, ended = tmp_path / "asked", tmp_path / "ended"
+
     def press_when_asked() -> None:
-        wait_for(tmp_path / "asked")
+        wait_until(asked.exists)
         os.kill(os.getpid(), signal.SIGINT)
 
     second = threading.Thread(target=press_when_asked, daemon=True)
@@ -152,18 +154,15 @@ def test_a_second_ctrl_c_ends_the_jobs_at_once(when: str, tmp_path: Path) -> Non
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run_jobs([Job("fp8", never_end, (tmp_path / "asked",))], 1, on_event)
-    assert multiprocessing.active_children() == []
-    assert (tmp_path / "asked").exists() == (when == "while they are waited for")
+        run_jobs([Job("fp8", take_long, (asked, ended))], 1, on_event)
+    assert multiprocessing.active_children() == [] and not ended.exists()
+    assert asked.exists() == (when == "while they are waited for")
 
 
 def occupy(log: Path, name: str, workers: int, emit: Emit) -> None:
     with log.open("a") as file:
         file.write(f"+ {name}\n")
-    deadline = time.monotonic() + 30
-    while log.read_text().count("+") < workers:  # the first ones are together for sure
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: log.read_text().count("+") >= workers)  # the first ones are together for sure
     time.sleep(0.1)
     with log.open("a") as file:
         file.write(f"- {name}\n")

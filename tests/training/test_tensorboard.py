@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def test_a_resumed_run_shows_each_step_once(
     recipe = recipe_with(training={"tensorboard": True, "checkpoint_interval": 2})
     dataset = dataset_of(recipe)
     first = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
+    threads = set(threading.enumerate())
 
     def dies(event: dict[str, Any]) -> None:
         if event["kind"] == "step" and event["step"] == 4:
@@ -81,6 +83,7 @@ def test_a_resumed_run_shows_each_step_once(
     events = [(e["step"], pytest.approx(e["lm_loss"])) for e in read_events(run.events_path, "step")]
     assert shown == events
     assert [step for step, _ in shown] == [0, 1, 2, 3, 4, 5]
+    assert set(threading.enumerate()) <= threads  # both sittings closed their files, the one that died too
 
 
 @pytest.mark.parametrize("call", ["add_scalar", "close"])

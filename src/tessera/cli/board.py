@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from tessera.cli.options import say
 
+STOPPING = "stopping after this step; a checkpoint is kept (Ctrl-C again stops at once, without one)"
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 WARM_UP = 3  # steps
 FIRST_ESTIMATE = 15.0  # seconds of training before a run's length is estimated
@@ -32,7 +33,7 @@ class Board:
         self._speed: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
         self._last_line = self._started = time.monotonic()
-        self._warned = False
+        self._warned = self._stopping = False
         self._bars = None
         if not quiet and sys.stderr.isatty():
             self._bars = Progress(
@@ -66,7 +67,10 @@ class Board:
             self.say(f"warning: {warning}")
 
     def handle(self, job: str, event: dict[str, Any]) -> None:
-        """Take an event of a training run, or {"kind": "progress", "done", "total"} of another job."""
+        """Take an event of a training run, or {"kind": "progress", "done", "total"} of another job.
+
+        {"kind": "stopping"} is what a job does after a first Ctrl-C; it may come from another thread.
+        """
         match event["kind"]:
             case "start":
                 self._steps[job] = event["steps"]
@@ -77,9 +81,9 @@ class Board:
                 self._step(job, event)
             case "validation":
                 self.say(f"{job}: validation at step {event['step']}: {event['bits_per_byte']:.3f} bits per byte")
-            case "stopping":
-                training = job in self._steps
-                self.say(f"{job}: stopping" + (" after this step, with a checkpoint" if training else ""))
+            case "stopping" if job in self._steps and not self._stopping:  # other work has nothing to finish
+                self._stopping = True
+                self.say(STOPPING)
             case "progress":
                 done, total = event["done"], event["total"]
                 self._show(job, done, total, f"batch {done:>{len(str(total))}}/{total}")

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tessera.cli.board import Board, clock
-from tessera.cli.options import Json, Out, Overrides, examples, new_table, out_folder, print_json, print_table, say
-from tessera.recipe import UserError, load_recipe
+from tessera.cli.options import (
+    Json,
+    Out,
+    Overrides,
+    RecipeOrResume,
+    examples,
+    new_table,
+    out_folder,
+    print_json,
+    print_table,
+    require_recipe_or_resume,
+    say,
+)
+from tessera.recipe import load_recipe
 
 if TYPE_CHECKING:
     from tessera.training.compare import Comparison
@@ -22,9 +34,7 @@ SAMPLE: dict[str, Any] = {"prompt": "def ", "tokens": 96, "temperature": 0.7, "t
 
 
 def command(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", help="A recipe file; left out with --resume.")
-    ] = None,
+    recipe: RecipeOrResume = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
@@ -32,7 +42,10 @@ def command(
     ] = None,
     arms: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="Arms to train, fp8 and bf16 among them; default: fp8,bf16."),
+        typer.Option(
+            metavar="A,B,...",
+            help="Arms to train, fp8 and bf16 among them; default: fp8,bf16. Every ablation is an arm too.",
+        ),
     ] = None,
     control: Annotated[
         int, typer.Option(metavar="N", min=0, help="Control runs: the BF16 twin, perturbed by 2^-20.")
@@ -61,10 +74,7 @@ def command(
 
     Exit code 0: the verdict is passed; 1: it failed; 2: a mistake in the input; 130: stopped.
     """
-    if (recipe is None) == (resume is None):
-        raise UserError("compare takes a RECIPE or --resume DIR, one of the two; see `tessera compare --help`")
-    if resume is not None and (overrides or out or arms):
-        raise UserError("--resume goes on with a comparison as it is; --set, --out and --arms begin another one")
+    require_recipe_or_resume("compare", recipe, resume, {"--set": overrides, "--out": out, "--arms": arms})
     resolved = None if recipe is None else load_recipe(recipe, overrides or ())
 
     from tessera.training import compare
@@ -111,8 +121,9 @@ def _run(comparison: "Comparison", workers: int | None, json: bool, *, is_new: b
         board.say(f"{comparison.folder}: {', '.join(comparison.trained)}, {workers} at once; then the verdict")
         try:
             return compare.run(comparison, workers=workers, observer=board.handle, sampler=_sample)
-        except (Interrupted, KeyboardInterrupt):
-            say(f"stopped; checkpoints are kept. Go on with:\n  tessera compare --resume {comparison.folder}")
+        except (Interrupted, KeyboardInterrupt) as end:
+            kept = "checkpoints are kept" if isinstance(end, Interrupted) else "at once, without new checkpoints"
+            say(f"stopped; {kept}. Go on with:\n  tessera compare --resume {comparison.folder}")
             raise typer.Exit(130) from None
 
 

@@ -187,10 +187,11 @@ def _print_sections(title: str, headings: list[str], sections: dict[str, list[li
 @app.command(epilog=examples("tessera inspect accumulation --largest-k 4096 --plot accumulation.svg"))
 def accumulation(
     largest_k: Annotated[
-        int, typer.Option("--largest-k", metavar="K", min=512, help="Contractions from 512 to this, doubling.")
+        int,
+        typer.Option("--largest-k", metavar="K", min=512, help="Contractions of 512, 1024, ... to this power of two."),
     ] = 16384,
-    size: Annotated[int, typer.Option(metavar="N", min=1, help="Outputs are N x N.")] = 256,
-    plot: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the curves into this file.")] = None,
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Products with N x N outputs.")] = 256,
+    plot: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the errors over K into this file.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the data.")] = 0,
     threads: Threads = None,
     json: Json = False,

@@ -1,16 +1,21 @@
 """Options that several verbs share, and how a result is shown."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tessera.recipe import UserError
+
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which --help does not have
     from rich.table import Table
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, such as recipes/tiny.toml.")]
+RecipeOrResume = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE", help="A recipe file, such as recipes/tiny.toml; or else --resume.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set training.steps=100; repeatable."),
@@ -20,6 +25,18 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, he
 Json = Annotated[bool, typer.Option("--json", metavar=" ", help="Print one JSON object instead, and nothing else.")]
 
 PIPED_WIDTH = 200  # columns for a table that goes into a file or another program
+
+
+def require_recipe_or_resume(verb: str, recipe: Path | None, resume: Path | None, begins: Mapping[str, Any]) -> None:
+    """Raise UserError unless one of the two is given, and with --resume none of the options that only a beginning has.
+
+    `begins` holds those options, as {"--out": what was given}; a value that is not given is falsy.
+    """
+    if (recipe is None) == (resume is None):
+        raise UserError(f"{verb} takes a RECIPE or --resume DIR, one of the two; see `tessera {verb} --help`")
+    given = [option for option, value in begins.items() if value]
+    if resume is not None and given:
+        raise UserError(f"--resume goes on with what {resume} holds, as it is; leave out {', '.join(given)}")
 
 
 def examples(*commands: str) -> str:

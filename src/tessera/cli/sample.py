@@ -1,5 +1,6 @@
 """tessera sample: let a trained model continue a text."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,16 @@ VISIBLE = {code: INCOMPLETE for code in (*range(32), *range(127, 160)) if chr(co
 def command(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a comparison (its FP8 arm) or a checkpoint.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; may be empty.")] = "def ",
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to add at most.")] = 128,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to add, at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option(metavar="X", min=0, help="0 takes the most probable token each time.")
+        float,
+        typer.Option(metavar="X", min=0, help="0 takes the most probable token each time; 1 draws as the model says."),
     ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Draw from the smallest set of this probability.")
+        float,
+        typer.Option(
+            metavar="X", min=0, max=1, help="Draw from the most probable tokens that together have this probability."
+        ),
     ] = 0.95,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
     threads: Threads = None,
@@ -38,6 +43,9 @@ def command(
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
         raise UserError(f"--prompt {prompt!a}: is not UTF-8") from None
+    for option, value in (("--temperature", temperature), ("--top-p", top_p)):
+        if not math.isfinite(value):
+            raise UserError(f"{option} {value}: must be a finite number")
 
     import torch
 

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tessera.cli.board import Board, clock
-from tessera.cli.options import Json, Out, Overrides, Threads, examples, out_folder, print_json, say
+from tessera.cli.options import (
+    Json,
+    Out,
+    Overrides,
+    RecipeOrResume,
+    Threads,
+    examples,
+    out_folder,
+    print_json,
+    require_recipe_or_resume,
+    say,
+)
 from tessera.recipe import Recipe, UserError, load_recipe
 
 if TYPE_CHECKING:
@@ -20,14 +31,12 @@ EXAMPLE = examples(
     "tessera train recipes/small.toml --from runs/small --out runs/small-2",
 )
 
-STOPPING = "stopping after this step, with a checkpoint (Ctrl-C again: at once, without one)"
+NO_CHECKPOINT = "there is no checkpoint to go on from; remove the folder, or choose another --out, and begin again"
 TOKENIZER = "tokenizer.json"  # of a checkpoint; and of a run, where it came with the weights
 
 
 def command(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", help="A recipe file; left out with --resume.")
-    ] = None,
+    recipe: RecipeOrResume = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
@@ -47,12 +56,11 @@ def command(
 ) -> None:
     """Train a model: one recipe, one run folder with events, checkpoints and a report.
 
-    Ctrl-C ends after the step, keeps a checkpoint and prints the way to resume (exit code 130).
+    Ctrl-C ends after the step, keeps a checkpoint and prints the way to resume; a second one ends at once.
+
+    Exit code 0: finished; 2: a mistake in the input, or a step that is not finite; 130: stopped.
     """
-    if (recipe is None) == (resume is None):
-        raise UserError("train takes a RECIPE or --resume DIR, one of the two; see `tessera train --help`")
-    if resume is not None and (overrides or out or start):
-        raise UserError("--resume goes on with a run as it is; --set, --out and --from begin another one")
+    require_recipe_or_resume("train", recipe, resume, {"--set": overrides, "--out": out, "--from": start})
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda")
     if resume is not None:
@@ -78,9 +86,9 @@ def command(
             say("stopped before the first step; the same command begins again")
             raise typer.Exit(130) from None
         try:
-            state = trainer.run(lambda: board.say(STOPPING))
+            state = trainer.run(lambda: board.handle(resolved.name, {"kind": "stopping"}))
         except KeyboardInterrupt:  # a second Ctrl-C
-            say(f"stopped at once, without a new checkpoint. Go on with:\n  tessera train --resume {run.path}")
+            say(f"stopped at once, without a new checkpoint; {_way_on(run)}")
             raise typer.Exit(130) from None
     _finish(run, trainer, state, seen, json)
     if state == "interrupted":
@@ -100,7 +108,14 @@ def _unfinished(path: Path) -> "RunFolder":
             f"{path}: finished at step {state['step']}; go on from its weights in a new stage with "
             f"`tessera train RECIPE --from {path}`"
         )
+    if not run.latest_checkpoint():  # beginning anew here would lose the weights of --from
+        raise UserError(f"{path}: {NO_CHECKPOINT}")
     return run
+
+
+def _way_on(run: "RunFolder") -> str:
+    latest = run.latest_checkpoint()
+    return f"go on from step {latest[0]} with:\n  tessera train --resume {run.path}" if latest else NO_CHECKPOINT
 
 
 def _new_run(recipe: Recipe, out: Path | None, start: Path | None) -> tuple[Path | None, "RunFolder"]:

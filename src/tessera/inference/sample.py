@@ -44,14 +44,14 @@ def continue_tokens(
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """logits float32 [V] -> a token id."""
+    """logits float32 [V] -> a token id; among equally probable ones the greedy choice is the first."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double()
     # The largest is 0 before the division, which then overflows to minus infinity at worst: the greedy choice.
     probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        ordered, order = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(0) - ordered >= top_p
         outside[0] = False  # the first token is always inside
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(outside, 0.0))

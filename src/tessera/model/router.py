@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.ops.dense_linear import dense_linear
+from tessera.ops.sigmoid import sigmoid
 from tessera.recipe.model import ModelSection
 
 EXCLUDED = -torch.inf  # biased affinity of experts in groups that a token may not use
@@ -53,7 +54,7 @@ class Router(nn.Module):
 
         `experts` int64 [T, k] replays a choice: weights are this router's own affinities of those experts.
         """
-        affinity = dense_linear(x, self.weight, torch.float32).sigmoid()
+        affinity = sigmoid(dense_linear(x, self.weight, torch.float32))
         if experts is None:
             experts = select(affinity.detach(), self.e_score_correction_bias, self.section)
         weights = affinity.gather(1, experts)

@@ -52,7 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             probability.scatter_add_(1, index, probability.new_full(index.shape, -1.0))
             d = probability.mul_(counted[:, None]).to(hidden.dtype)
-            dhidden[rows] = d @ operand
+            dhidden[rows] = matmul_rows(d, operand)
             dweight.addmm_(probability.copy_(d).t(), x)
         if keep:
             ctx.save_for_backward(dhidden, dweight)

@@ -22,7 +22,7 @@ class _DenseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        return (dy @ weight.to(ctx.dtype)).to(x.dtype), dy.float().t() @ x.float(), None
+        return matmul_rows(dy, weight.to(ctx.dtype)).to(x.dtype), dy.float().t() @ x.float(), None
 
 
 def dense_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,12 +15,13 @@ from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Role, Weight
 from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops.saved import load, save
+from tessera.ops.sigmoid import silu, silu_and_slope
 
 
 def activate(gate_up: Tensor, weight: Tensor | None) -> Tensor:
     """gate_up [S, 2 I], weight [S] float32 or None -> silu(gate) * up * weight, float32 [S, I]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    product = torch.nn.functional.silu(gate).mul_(up)
+    product = silu(gate).mul_(up)
     return product if weight is None else product.mul_(weight[:, None])
 
 
@@ -30,15 +31,15 @@ def activate_backward(
     """d [S, I], gate_up [S, 2 I] float32 -> (d gate_up [S, 2 I] in `dtype`, d weight [S] float32 or None)."""
     gate, up = gate_up.chunk(2, dim=-1)
     d = d.float()
-    silu = torch.nn.functional.silu(gate)
+    activated, slope = silu_and_slope(gate)
     dweight = None
     if weight is not None:
-        dweight = (d * silu).mul_(up).sum(dim=-1)
+        dweight = (d * activated).mul_(up).sum(dim=-1)
         d = d * weight[:, None]
     dgate_up = torch.empty(gate_up.shape, dtype=dtype, device=gate_up.device)
     dgate, dup = dgate_up.chunk(2, dim=-1)
-    dgate.copy_(torch.ops.aten.silu_backward(d * up, gate))
-    dup.copy_(silu.mul_(d))
+    dgate.copy_(slope.mul_(up).mul_(d))
+    dup.copy_(activated.mul_(d))
     return dgate_up, dweight
 
 

@@ -70,6 +70,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sittings
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
         self._offset: int | None = 0
+        self._tensorboard: TensorBoard | None = None
         self._saved_at = -1  # step of the last checkpoint of this sitting
         batches = held_out(dataset, recipe, recipe.training.validation_batches)
         self._held_out = [batch.to(self.device) for batch in batches]
@@ -116,9 +117,11 @@ class Trainer:
         "failed".
         """
         self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
-        self._tensorboard = TensorBoard(self.run_folder.path, self.step) if self.recipe.training.tensorboard else None
+        self._tensorboard = None
         self.run_folder.set_state("running", self.step, arm=self.arm)
         try:
+            if self.recipe.training.tensorboard:
+                self._tensorboard = TensorBoard(self.run_folder.path, self.step)
             self._announce()
             with finish_on_signal(announce) as wish:
                 while self.step < self.recipe.training.steps and not wish.stop:
