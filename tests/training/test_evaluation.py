@@ -97,7 +97,7 @@ def test_the_points_are_mean_magnitudes_of_relative_errors_over_sixteen_batches(
         assert point["loss_error_replayed"] == pytest.approx(fmean(replayed), rel=1e-2)
         assert point["bf16_loss_error"] == pytest.approx(fmean(twin), rel=5e-2)
         assert point["rerouted_tokens"] == pytest.approx(fmean(share), abs=1e-12)
-        assert point["loss_error"] != point["loss_error_replayed"]
+    assert any(point["loss_error"] != point["loss_error_replayed"] for point in figures["points"])
     assert min(signed) < 0 < max(signed)  # or magnitudes and signed means would be the same thing
 
 
