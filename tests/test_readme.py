@@ -34,10 +34,7 @@ SCALED_DOWN = [
 # Run here, in this order and in one folder, as the page has them but for these settings.
 RUN: dict[str, list[str]] = {
     "tessera train recipes/small.toml --set data.source=my_texts": SCALED_DOWN,
-    "tessera train recipes/small.toml --from runs/small --set data.sequence_length=512 --out runs/stage2": [
-        *SCALED_DOWN,
-        "data.source=my_texts",
-    ],
+    "tessera train recipes/small.toml --from runs/small --set data.source=my_texts --out runs/stage2": SCALED_DOWN,
 }
 # Parsed only: they take minutes. tests/cli makes comparisons, and interrupts and resumes, with a small model.
 ONLY_PARSED = {
