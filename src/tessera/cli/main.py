@@ -55,7 +55,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a text may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
     try:
-        app()
+        app(prog_name="tessera")
     except UserError as error:
         print(f"tessera: {error}", file=sys.stderr)
         sys.exit(2)
