@@ -132,3 +132,15 @@ def test_a_plot_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     words = ["--largest-k", 512, "--size", 2, "--plot", tmp_path / "file" / "plot.svg"]
     answer = tessera("inspect", "accumulation", *words)
     assert answer.code == 2 and "file/plot.svg" in answer.err
+
+
+def test_the_moving_average_can_be_sampled_where_the_run_keeps_one(recipe: Path, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "averaged"
+    settings = ("--set", "training.ema_decay=0.5", "--set", "optimizer.learning_rate=0.05")
+    answer = tessera("train", recipe, *settings, "--out", folder)
+    assert answer.code == 0 and " averaged)" in answer.err
+    plain, averaged = (tessera("sample", folder, *words, "--json").json for words in ((), ("--ema",)))
+    assert (plain["ema"], averaged["ema"]) == (False, True)
+    assert plain["text"] != averaged["text"]
+    answer = tessera("sample", run, "--ema")
+    assert answer.code == 2 and "holds no average of the weights" in answer.err and "training.ema_decay" in answer.err

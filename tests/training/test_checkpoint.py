@@ -46,7 +46,7 @@ class Small:
         self.optimizer.step(1e-2, 1.0)
 
     def save(self, step: int, **facts: Any) -> Path:
-        return checkpoint.save(self.run, step, self.model, self.optimizer, '{"made": "here"}', facts)
+        return checkpoint.save(self.run, step, self.model, self.optimizer, None, '{"made": "here"}', facts)
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.run.checkpoints_path.iterdir())

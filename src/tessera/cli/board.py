@@ -80,7 +80,9 @@ class Board:
             case "step":
                 self._step(job, event)
             case "validation":
-                self.say(f"{job}: validation at step {event['step']}: {event['bits_per_byte']:.3f} bits per byte")
+                averaged = f" ({event['ema_bits_per_byte']:.3f} averaged)" if "ema_bits_per_byte" in event else ""
+                bits = f"{event['bits_per_byte']:.3f} bits per byte{averaged}"
+                self.say(f"{job}: validation at step {event['step']}: {bits}")
             case "stopping" if job in self._steps and not self._stopping:  # other work has nothing to finish
                 self._stopping = True
                 self.say(STOPPING)

@@ -35,6 +35,9 @@ def command(
         ),
     ] = 0.95,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
+    ema: Annotated[
+        bool, typer.Option("--ema", metavar=" ", help="Take the moving average of the weights (training.ema_decay).")
+    ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -51,7 +54,7 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    sample = make_sample(model, prompt, tokens, temperature, top_p, seed, None if json else _show)
+    sample = make_sample(model, prompt, tokens, temperature, top_p, seed, ema, None if json else _show)
     if json:
         print_json(sample)
     else:
@@ -65,26 +68,36 @@ def make_sample(
     temperature: float,
     top_p: float,
     seed: int,
+    ema: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """The sample as a dict {prompt, text, temperature, precision, checkpoint}; `show` gets the text as it comes."""
+    """The sample as a dict {prompt, text, temperature, precision, checkpoint, ema}.
+
+    `ema` takes the averaged weights; `show` gets the text as it comes. Raises UserError where there is no checkpoint,
+    or none with averages.
+    """
     from tessera.data import Tokenizer
     from tessera.inference.sample import continue_tokens
     from tessera.model import Transformer
-    from tessera.model.weights import read_weights
+    from tessera.model.weights import read_tensors, weights
     from tessera.numerics import Policy
     from tessera.recipe import load_recipe
     from tessera.store import find_checkpoint, verify_manifest
+    from tessera.store.checkpoint_path import EMA, WEIGHTS
 
     checkpoint = find_checkpoint(path)
     verify_manifest(checkpoint)
     recipe = load_recipe(checkpoint / "recipe.toml")
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
     model = Transformer(recipe.model, Policy(**recipe.numerics.model_dump()))
-    read_weights(checkpoint, model)
+    if ema and not (checkpoint / EMA).is_file():
+        raise UserError(
+            f"{checkpoint}: holds no average of the weights; leave out --ema, or train with training.ema_decay"
+        )
+    read_tensors(checkpoint / (EMA if ema else WEIGHTS), weights(model))
     precision = recipe.numerics.precision
     if show:
-        say(f"{checkpoint} ({precision})")
+        say(f"{checkpoint} ({precision}{', moving average' if ema else ''})")
         show(prompt)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -98,7 +111,7 @@ def make_sample(
             shown = text
     if show:
         show(text[len(shown) :])
-    facts = {"temperature": temperature, "precision": precision, "checkpoint": checkpoint}
+    facts = {"temperature": temperature, "precision": precision, "checkpoint": checkpoint, "ema": ema}
     return {"prompt": prompt, "text": text, **facts}
 
 

@@ -23,6 +23,12 @@ class TrainingSection(Section):
     mtp_loss_weight: Schedule = Field(
         Schedule(0.3), description="Weight of the multi-token prediction loss (lambda in the report)."
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of the parameters, kept in CPU memory; left out: no average.",
+    )
     validation_interval: int = Field(100, ge=0, description="Steps between validations; 0: none.")
     validation_batches: int = Field(8, ge=1, description="Held-out batches in one validation.")
     checkpoint_interval: int = Field(500, ge=0, description="Steps between checkpoints; 0: only at the end.")

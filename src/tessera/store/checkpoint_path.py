@@ -7,6 +7,7 @@ from tessera.store.manifest import MANIFEST
 from tessera.store.run_folder import RunFolder
 
 WEIGHTS = "model.safetensors"
+EMA = "ema.safetensors"  # the moving average of the weights, where the recipe keeps one
 
 
 def find_checkpoint(path: Path) -> Path:

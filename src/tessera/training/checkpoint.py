@@ -3,6 +3,7 @@
     checkpoints/step-N/
       model.safetensors       FP32 masters and routing biases
       optimizer.safetensors   both moments
+      ema.safetensors         where the recipe keeps averages: they, and the routing biases again
       state.json              step, data position, tokens, length of the event file
       recipe.toml             the resolved recipe
       tokenizer.json          the tokenizer, so that the folder can be used alone
@@ -23,13 +24,21 @@ from torch import nn
 from tessera.model.weights import read_tensors, weights, write_tensors
 from tessera.recipe import UserError
 from tessera.store import RunFolder, publish_folder, verify_manifest, write_atomic, write_json
+from tessera.store.checkpoint_path import EMA
+from tessera.training.ema import Ema
 from tessera.training.optimizer import AdamW
 
 SCHEMA = 1
 
 
 def save(
-    run: RunFolder, step: int, model: nn.Module, optimizer: AdamW, tokenizer: str, facts: Mapping[str, Any]
+    run: RunFolder,
+    step: int,
+    model: nn.Module,
+    optimizer: AdamW,
+    ema: Ema | None,
+    tokenizer: str,
+    facts: Mapping[str, Any],
 ) -> Path:
     """Write checkpoints/step-N of the run; returns its path.
 
@@ -40,7 +49,7 @@ def save(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, run, step, model, optimizer, tokenizer, facts)
+        _write(partial, run, step, model, optimizer, ema, tokenizer, facts)
         _remove(target)  # a run resumed from an earlier checkpoint writes its later ones again
         publish_folder(partial, target)
     except BaseException:
@@ -55,6 +64,7 @@ def _write(
     step: int,
     model: nn.Module,
     optimizer: AdamW,
+    ema: Ema | None,
     tokenizer: str,
     facts: Mapping[str, Any],
 ) -> None:
@@ -64,6 +74,8 @@ def _write(
         raise UserError(f"{partial}: cannot be made: {error.strerror}") from None
     write_tensors(partial / "model.safetensors", weights(model))
     write_tensors(partial / "optimizer.safetensors", optimizer.tensors())
+    if ema:
+        write_tensors(partial / EMA, ema.tensors())
     state = {"schema": SCHEMA, "step": step, "optimizer_steps": optimizer.steps, **facts}
     write_json(partial / "state.json", state)
     write_atomic(partial / "recipe.toml", run.recipe().to_toml())
@@ -100,6 +112,11 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: written by a newer tessera (schema {state['schema']}, this one reads {SCHEMA}); upgrade tessera"
         )
     return state
+
+
+def read_ema(path: Path, ema: Ema) -> None:
+    """Copy a checkpoint's averages into `ema`; raises UserError where it has none."""
+    read_tensors(path / EMA, ema.tensors())
 
 
 def read_optimizer(path: Path, optimizer: AdamW, steps: int) -> None:

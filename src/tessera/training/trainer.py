@@ -28,6 +28,7 @@ from tessera.store import EventWriter, RunFolder
 from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
 from tessera.training.arms import require_backward
+from tessera.training.ema import Ema
 from tessera.training.interrupt import finish_on_signal
 from tessera.training.loss import Losses, Share, training_loss
 from tessera.training.optimizer import AdamW
@@ -66,6 +67,8 @@ class Trainer:
             recipe.model, policy, recorder=self.recorder, seed=recipe.training.seed, device=self.device
         )
         self.optimizer = AdamW(dict(self.model.named_parameters()), recipe.optimizer)
+        decay = recipe.training.ema_decay
+        self.ema = None if decay is None else Ema(self.model, decay)
         self.step = self.position = self.tokens = 0
         self.seconds = 0.0  # of training, over all sittings
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
@@ -89,6 +92,8 @@ class Trainer:
             )
         read_weights(path, trainer.model)
         checkpoint.read_optimizer(path, trainer.optimizer, state["optimizer_steps"])
+        if trainer.ema:
+            checkpoint.read_ema(path, trainer.ema)
         trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
         trainer._saved_at = trainer.step  # what was just read need not be written again
         trainer.seconds, trainer._offset = state["seconds"], state["event_offset"]
@@ -98,6 +103,8 @@ class Trainer:
         """Take weights and routing biases from a checkpoint, and nothing else: a new stage begins at step 0."""
         checkpoint.read_state(path)
         read_weights(path, self.model)
+        if self.ema:
+            self.ema.restart()
 
     @torch.no_grad()
     def perturb(self, seed: int) -> None:
@@ -106,6 +113,8 @@ class Trainer:
         for parameter in self.model.parameters():
             signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device)
             parameter.mul_(1 + (2.0 * signs - 1) * 2.0**-20)
+        if self.ema:
+            self.ema.restart()
 
     # The run
 
@@ -151,6 +160,8 @@ class Trainer:
     def _close(self, state: State, **facts: Any) -> None:
         try:
             self._events.close()
+            if self.ema:
+                self.ema.close()
             if self._tensorboard:
                 self._tensorboard.close()
         finally:
@@ -183,7 +194,11 @@ class Trainer:
             raise nonfinite.NonFinite(step, where)
         clip = self.recipe.optimizer.gradient_clip
         rate = self.recipe.optimizer.learning_rate.at(step)
+        if self.ema:
+            self.ema.join()
         self.optimizer.step(rate, min(1.0, clip / (float(norm) + 1e-12)))
+        if self.ema:
+            self.ema.update()
         counts = [torch.stack(layer).sum(dim=0) for layer in zip(*(one.counts for one in losses), strict=True)]
         speed = t.bias_update_speed.at(step)
         for (_, router), count in zip(self.model.routers(), counts, strict=True):
@@ -262,7 +277,7 @@ class Trainer:
         t = self.recipe.training
         last = self.step == t.steps
         if t.validation_interval and (self.step % t.validation_interval == 0 or last):
-            self._emit("validation", **self.validate().facts())
+            self._emit("validation", **self.validate().facts(), **self._validate_ema())
         due = t.checkpoint_interval and self.step % t.checkpoint_interval == 0
         if (due or self.step in self.milestones) and not last:
             self._save()
@@ -272,6 +287,13 @@ class Trainer:
         masked, micro = not self.recipe.data.cross_document_attention, self.recipe.training.micro_batch_size
         parts = [part for batch in self._held_out for part in batch.split(micro)]
         return validate(self.model, parts, self.dataset.token_bytes, masked=masked)
+
+    def _validate_ema(self) -> dict[str, Any]:
+        if self.ema is None:
+            return {}
+        with self.ema.in_place():
+            found = self.validate()
+        return {"ema_loss": found.loss, "ema_bits_per_byte": found.bits_per_byte}
 
     def _save(self) -> None:
         path = self.run_folder.checkpoint_path(self.step)
@@ -284,7 +306,8 @@ class Trainer:
             "event_offset": self._events.offset,
             "data": self.dataset.facts["digest"],
         }
-        checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.dataset.tokenizer.to_json(), facts)
+        tokenizer = self.dataset.tokenizer.to_json()
+        checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.ema, tokenizer, facts)
         self._saved_at = self.step
         self.run_folder.set_state("running", self.step, arm=self.arm)
         keep = self.recipe.training.keep_checkpoints
