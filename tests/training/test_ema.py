@@ -54,7 +54,7 @@ def averages(trainer: Trainer) -> dict[str, Tensor]:
     return {name: t for name, t in trainer.ema.tensors().items() if name in parameters}
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05])
+@pytest.mark.parametrize("delay", [0.0, 0.3])  # a step takes less
 def test_averages_are_the_formulas_bits_however_slow_the_worker_is(
     delay: float, recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +73,31 @@ def test_averages_are_the_formulas_bits_however_slow_the_worker_is(
     assert len(history) == 7
     assert_same(averages(trainer), formula(history))
     assert threads and threading.main_thread().name not in threads
+
+
+def test_reading_waits_for_a_move_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(3, 2)
+    ema = Ema(model, DECAY)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    real = Ema._move
+
+    def slow(ema: Ema) -> None:
+        time.sleep(0.2)
+        real(ema)
+
+    monkeypatch.setattr(Ema, "_move", slow)
+    owed = torch.lerp(before["weight"], model.weight.detach(), 1 - DECAY)
+    ema.update()
+    assert torch.equal(ema.tensors()["weight"], owed)
+    ema.restart()
+    ema.update()
+    with ema.in_place():
+        assert torch.equal(model.weight, ema.tensors()["weight"])
+    ema.update()
+    ema.close()
+    assert not any(thread.name.startswith("ema") for thread in threading.enumerate())
 
 
 def test_training_is_the_same_with_and_without_averages(
