@@ -14,8 +14,10 @@ from tessera.model.blueprint import Blueprint
 from tessera.model.projection import Norm, Projection
 from tessera.model.rope import softmax_scale
 from tessera.numerics import RoleKind
-from tessera.ops.latent_attention import AttentionShape, latent_attention
-from tessera.ops.linear import normed_linear
+from tessera.numerics.gemm import Operand
+from tessera.ops.latent_attention import AttentionShape, Up, latent_attention
+from tessera.ops.linear import fprop, normed_linear
+from tessera.ops.saved import Again
 
 LATENT_EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps says: so in the published code
 
@@ -50,6 +52,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         section = blueprint.section
         self.section = section
+        self.keep = blueprint.keep
         self.scale = softmax_scale(section)
         heads, hidden = section.num_attention_heads, section.hidden_size
         query_width = heads * section.qk_head_dim
@@ -73,17 +76,21 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, place: Place) -> Tensor:
         """x [T, H] residual stream, norm of the layer's input -> [T, H], to be added to x."""
-        section = self.section
+        section, keep = self.section, self.keep
         epsilon = section.rms_norm_eps
+        kept_q: Tensor | Again
         if section.q_lora_rank is None:
-            q, down = normed_linear(x, norm.weight, epsilon, self.q_proj.operand, self.kv_a_proj_with_mqa.operand)
-        else:
-            query_latent, down = normed_linear(
-                x, norm.weight, epsilon, self.q_a_proj.operand, self.kv_a_proj_with_mqa.operand
+            (q, down), _ = normed_linear(
+                x, norm.weight, epsilon, keep, self.q_proj.operand, self.kv_a_proj_with_mqa.operand
             )
-            (q,) = normed_linear(query_latent, self.q_a_layernorm.weight, LATENT_EPSILON, self.q_b_proj.operand)
+            kept_q = q  # no latent to make it from
+        else:
+            (query_latent, down), _ = normed_linear(
+                x, norm.weight, epsilon, keep, self.q_a_proj.operand, self.kv_a_proj_with_mqa.operand
+            )
+            q, kept_q = self._up(query_latent, self.q_a_layernorm, self.q_b_proj)
         latent, k_rope = down.split([section.kv_lora_rank, section.qk_rope_head_dim], dim=-1)
-        (kv,) = normed_linear(latent, self.kv_a_layernorm.weight, LATENT_EPSILON, self.kv_b_proj.operand)
+        kv, kept_kv = self._up(latent, self.kv_a_layernorm, self.kv_b_proj)
         shape = AttentionShape(
             place.batch,
             place.length,
@@ -93,4 +100,17 @@ class LatentAttention(nn.Module):
             section.v_head_dim,
             self.scale,
         )
-        return latent_attention(q, kv, k_rope, place.rotation, place.mask, shape, self.o_proj.operand)
+        up = Up(kept_q, kept_kv)
+        return latent_attention(q, kv, k_rope, up, place.rotation, place.mask, shape, self.o_proj.operand, keep)
+
+    def _up(self, latent: Tensor, norm: Norm, projection: Projection) -> tuple[Tensor, Tensor | Again]:
+        """A latent's up-projection, and what stands for it in backward."""
+        weight = projection.operand
+        (up,), operand = normed_linear(latent, norm.weight, LATENT_EPSILON, self.keep, weight)
+        if not self.keep.recompute_up_projections:
+            return up, up
+
+        def again(operand: Operand) -> Tensor:
+            return fprop(operand, weight)
+
+        return up, Again(again, operand)

@@ -1,9 +1,10 @@
-"""What every part of one model is built from: its shape, its precision, and who watches the quantisation."""
+"""What every part of one model is built from: its shape, its precision, what it keeps for backward, who watches."""
 
 from dataclasses import dataclass
 
 from tessera.numerics import Policy, Recorder, Role, RoleKind
 from tessera.ops.dispatch import Dispatcher
+from tessera.ops.keep import Keep
 from tessera.recipe.model import ModelSection
 
 
@@ -15,6 +16,7 @@ class Blueprint:
     policy: Policy
     recorder: Recorder
     dispatcher: Dispatcher
+    keep: Keep
 
     def role(self, name: str, kind: RoleKind) -> Role:
         """`name` is the layer's path in the model, without `.weight`."""

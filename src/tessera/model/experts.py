@@ -15,6 +15,7 @@ from tessera.numerics.gemm import Operand
 from tessera.ops.expert_mlp import Experts, expert_mlp
 from tessera.ops.linear import linear, normed_linear
 from tessera.ops.rms_norm import rms_norm
+from tessera.ops.saved import Again
 from tessera.ops.swiglu import swiglu_linear
 
 
@@ -28,10 +29,11 @@ class GatedMlp(nn.Module):
             2 * intermediate, hidden, blueprint.role(f"{name}.gate_up_proj", gate_up), row_segment=intermediate
         )
         self.down_proj = Projection(hidden, intermediate, blueprint.role(f"{name}.down_proj", down))
+        self.keep = blueprint.keep
 
     def after_gate_up(self, gate_up: Tensor) -> Tensor:
         """[T, 2 I] -> [T, H]."""
-        return swiglu_linear(gate_up, self.gate_up_proj.role, self.down_proj.operand)
+        return swiglu_linear(gate_up, self.gate_up_proj.role, self.down_proj.operand, self.keep)
 
 
 class DenseMlp(GatedMlp):
@@ -43,7 +45,7 @@ class DenseMlp(GatedMlp):
 
     def forward(self, x: Tensor, norm: Norm, epsilon: float) -> Tensor:
         """x [T, H] residual stream -> [T, H], to be added to x."""
-        (gate_up,) = normed_linear(x, norm.weight, epsilon, self.gate_up_proj.operand)
+        (gate_up,), _ = normed_linear(x, norm.weight, epsilon, self.keep, self.gate_up_proj.operand)
         return self.after_gate_up(gate_up)
 
 
@@ -55,9 +57,9 @@ class SharedExperts(GatedMlp):
         intermediate = section.moe_intermediate_size * section.n_shared_experts
         super().__init__(blueprint, name, intermediate, RoleKind.EXPERT_GATE_UP, RoleKind.EXPERT_DOWN)
 
-    def forward(self, x: Tensor, operand: Operand) -> Tensor:
-        """x [T, H] and its fprop operand -> [T, H]."""
-        return self.after_gate_up(linear(x, operand, self.gate_up_proj.operand))
+    def forward(self, x: Tensor, operand: Operand, kept: Operand | Again) -> Tensor:
+        """x [T, H], its fprop operand and what stands for that in backward -> [T, H]."""
+        return self.after_gate_up(linear(x, operand, kept, self.gate_up_proj.operand))
 
 
 class RoutedExperts(nn.Module):
@@ -74,18 +76,19 @@ class RoutedExperts(nn.Module):
         down_role = blueprint.role(f"{name}.down_proj", RoleKind.EXPERT_DOWN)
         self._gate_up = Weight(self.gate_up_proj, gate_up_role, intermediate)
         self._down = Weight(self.down_proj, down_role, hidden)
-        self.dispatcher = blueprint.dispatcher
+        self.dispatcher, self.keep = blueprint.dispatcher, blueprint.keep
 
-    def input(self, x: Tensor) -> Operand:
-        """x [T, H] -> the operand that routed and shared experts read."""
-        return self._gate_up.role.input(x)
+    def input(self, x: Tensor, kept: Tensor | Again) -> tuple[Operand, Operand | Again]:
+        """x [T, H] and its stand-in in backward -> the operand that all experts read, and the stand-in of that."""
+        operand = self._gate_up.role.input(x)
+        return operand, self.keep.linear_input(self._gate_up.role, operand, kept)
 
-    def forward(self, x: Tensor, operand: Operand, routing: Routing) -> Tensor:
-        """x [T, H] and its fprop operand -> [T, H], the weighted sum over each token's experts."""
+    def forward(self, x: Tensor, operand: Operand, kept: Operand | Again, routing: Routing) -> Tensor:
+        """x [T, H] with its operand as from `input` -> [T, H], the weighted sum over each token's experts."""
         self._gate_up = current(self._gate_up, self.gate_up_proj)
         self._down = current(self._down, self.down_proj)
         experts = Experts(self._gate_up, self._down)
-        return expert_mlp(x, operand, routing.experts, routing.weights, experts, self.dispatcher)
+        return expert_mlp(x, operand, kept, routing.experts, routing.weights, experts, self.dispatcher, self.keep)
 
 
 class MixtureOfExperts(nn.Module):
@@ -93,6 +96,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, blueprint: Blueprint, name: str) -> None:
         super().__init__()
+        self.keep = blueprint.keep
         self.gate = Router(blueprint.section)
         self.experts = RoutedExperts(blueprint, f"{name}.experts")
         self.shared_experts = (
@@ -103,10 +107,10 @@ class MixtureOfExperts(nn.Module):
         self, x: Tensor, norm: Norm, epsilon: float, num_sequences: int, replayed: Tensor | None
     ) -> tuple[Tensor, Routing]:
         """x [T, H] residual stream -> ([T, H], to be added to x, the routing)."""
-        y = rms_norm(x, norm.weight, epsilon)
-        routing = self.gate(y, num_sequences, replayed)
-        operand = self.experts.input(y.detach())
-        out = self.experts(y, operand, routing)
+        y, kept_y = rms_norm(x, norm.weight, epsilon, self.keep)
+        routing = self.gate(y, kept_y, num_sequences, replayed)
+        operand, kept = self.experts.input(y.detach(), kept_y)
+        out = self.experts(y, operand, kept, routing)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(y, operand)
+            out = out + self.shared_experts(y, operand, kept)
         return out, routing

@@ -17,6 +17,7 @@ from tessera.model.projection import Norm
 from tessera.model.router import Routing
 from tessera.ops.dense_linear import dense_linear
 from tessera.ops.rms_norm import rms_norm
+from tessera.ops.saved import Again
 
 
 class PlainProjection(nn.Module):
@@ -41,6 +42,7 @@ class MtpBlock(Layer):
     def __init__(self, blueprint: Blueprint, name: str) -> None:
         super().__init__(blueprint, name, dense=False)
         hidden = blueprint.section.hidden_size
+        self.keep = blueprint.keep
         self.enorm = Norm(hidden)
         self.hnorm = Norm(hidden)
         self.eh_proj = PlainProjection(hidden, 2 * hidden)
@@ -48,14 +50,11 @@ class MtpBlock(Layer):
 
     def join(self, embedded: Tensor, carry: Tensor) -> Tensor:
         """embedded, carry [T, H] -> the layer's input [T, H]."""
-        both = torch.cat(
-            [
-                rms_norm(embedded, self.enorm.weight, self.epsilon),
-                rms_norm(carry, self.hnorm.weight, self.epsilon),
-            ],
-            dim=-1,
-        )
-        return dense_linear(both, self.eh_proj.weight, both.dtype)
+        e, kept_e = rms_norm(embedded, self.enorm.weight, self.epsilon, self.keep)
+        h, kept_h = rms_norm(carry, self.hnorm.weight, self.epsilon, self.keep)
+        both = torch.cat([e, h], dim=-1)
+        kept = Again(_beside, kept_e, kept_h) if self.keep.recompute_norms else both
+        return dense_linear(both, kept, self.eh_proj.weight, both.dtype)
 
     def draft(
         self, embedded: Tensor, carry: Tensor, place: Place, replayed: Tensor | None
@@ -63,4 +62,9 @@ class MtpBlock(Layer):
         """-> (hidden [T, H] ready for the head, carry [T, H] for the next block, routing)."""
         x, routing = super().forward(self.join(embedded, carry), place, replayed)
         assert routing is not None  # MTP layers have experts
-        return rms_norm(x, self.shared_head.norm.weight, self.epsilon), x, routing
+        hidden, _ = rms_norm(x, self.shared_head.norm.weight, self.epsilon, self.keep)
+        return hidden, x, routing
+
+
+def _beside(e: Tensor, h: Tensor) -> Tensor:
+    return torch.cat([e, h], dim=-1)

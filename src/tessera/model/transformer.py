@@ -25,6 +25,7 @@ from tessera.model.router import Router, Routing
 from tessera.numerics import Policy, Recorder
 from tessera.ops.chunked_loss import head_logits
 from tessera.ops.dispatch import Dispatcher, LocalDispatcher
+from tessera.ops.keep import Keep
 from tessera.ops.rms_norm import rms_norm
 from tessera.recipe.model import ModelSection
 
@@ -67,8 +68,8 @@ class Trunk(nn.Module):
 class Transformer(nn.Module):
     """See the module docstring. `seed` fixes the initial weights, whatever the device or the order of building.
 
-    recorder: watches the quantisation. dispatcher: carries tokens to experts (local unless given). On device "meta"
-    nothing is allocated.
+    recorder: watches the quantisation. dispatcher: carries tokens to experts (local unless given). keep: what is saved
+    for backward (every saving unless given). On device "meta" nothing is allocated.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
         *,
         recorder: Recorder | None = None,
         dispatcher: Dispatcher | None = None,
+        keep: Keep | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -85,9 +87,10 @@ class Transformer(nn.Module):
         self.section = section
         self.policy = policy
         self.recorder = recorder or Recorder()
+        self.keep = keep or Keep()
         self.rotation = rotation(section)
         with torch.device(device or "cpu"):
-            self.model = Trunk(Blueprint(section, policy, self.recorder, dispatcher or LocalDispatcher()))
+            self.model = Trunk(Blueprint(section, policy, self.recorder, dispatcher or LocalDispatcher(), self.keep))
             self.lm_head = TokenTable(section.vocab_size, section.hidden_size)
         initialise(self, section.initializer_range, seed)
 
@@ -115,7 +118,8 @@ class Transformer(nn.Module):
             x, decided = layer(x, place, next(replayed, None) if has_experts else None)
             if decided is not None:
                 routings.append(decided)
-        hidden = rms_norm(x, self.model.norm.weight, section.rms_norm_eps).view(*tokens.shape, -1)
+        hidden, _ = rms_norm(x, self.model.norm.weight, section.rms_norm_eps, self.keep)
+        hidden = hidden.view(*tokens.shape, -1)
         return Output(hidden, hidden, routings)
 
     def draft(

@@ -29,6 +29,12 @@ class Role:
         """x [T, K] -> fprop operand."""
         return self._make("input", x, self.precision.input)
 
+    def input_again(self, x: Tensor) -> Operand:
+        """`input` once more, in backward, of the same x: the same codes, which the recorder has seen already."""
+        if not self.precision.quantised:
+            return x.to(self.precision.activation_dtype)
+        return self._quantise(x, self.precision.input, 0, 0, None)
+
     def input_cache(self, x: Tensor, fprop_operand: Operand) -> Operand:
         """What backward keeps of the input: the fprop codes, or x in the role's own cache format (E5M6)."""
         if self.precision.quantised and self.precision.input_cache is not None:

@@ -1,10 +1,11 @@
-"""The output head and its cross-entropy, a few hundred tokens at a time: no logits are kept.
+"""The output head and its cross-entropy, a few hundred tokens at a time: no logits are kept (unless asked for).
 
 Logits are FP32, from BF16 operands with FP32 accumulation; the head's gradient is FP32 (docs/numerics.md, "Precision
 by role"). Loss and gradients of a chunk are made together in forward, so memory is one chunk of logits, the gradient
 of the hidden states and that of the head. `backward` only scales them by the gradient that arrives.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,37 +26,22 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """Gradients are made in forward, from the logits of one chunk at a time."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> Tensor:
-        operand = weight.to(hidden.dtype)
-        transposed = operand.float().t()
-        loss = hidden.new_zeros((), dtype=torch.float64)
-        dhidden = torch.empty_like(hidden, dtype=torch.float32) if keep else None
-        dweight = torch.zeros_like(weight) if keep else None
+        head = _Head(hidden, weight, targets)
         # Two strips that all chunks reuse: fresh ones of this size cost a CPU more in page faults than their contents.
-        height = max(min(CHUNK_TOKENS, hidden.shape[0]), MINIMUM_ROWS)
-        strips = torch.empty(2, height, weight.shape[0], device=hidden.device)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            x, target = hidden[rows].float(), targets[rows]
-            padded = tall(x, MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
-            torch.mm(padded, transposed, out=strips[0, : padded.shape[0]])
-            logits, probability = strips[:, : x.shape[0]]
-            counted = target != IGNORED
-            index = target.clamp(min=0)[:, None]
-            largest, own = logits.amax(dim=-1), logits.gather(1, index).squeeze(1)
-            torch.softmax(logits, dim=-1, out=probability)
-            # The largest logit's probability is 1 / sum(exp(logit - largest)), at least 1 / V.
-            token_loss = largest - probability.amax(dim=-1).log() - own
-            loss += torch.where(counted, token_loss, 0.0).sum(dtype=torch.float64)
-            if dhidden is None or dweight is None:
-                continue
-            probability.scatter_add_(1, index, probability.new_full(index.shape, -1.0))
-            d = probability.mul_(counted[:, None]).to(hidden.dtype)
-            dhidden[rows] = matmul_rows(d, operand)
-            dweight.addmm_(probability.copy_(d).t(), x)
-        if keep:
-            ctx.save_for_backward(dhidden, dweight)
+        strips = torch.empty(2, head.height, weight.shape[0], device=hidden.device)
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        gradients = head.zero_gradients() if keep else None
+        for rows in head.chunks():
+            logits = head.logits(rows, strips[0])
+            loss += head.loss(rows, logits, strips[1])
+            if gradients:
+                head.add_gradients(rows, strips[1], *gradients)
+        if gradients:
+            ctx.save_for_backward(*gradients)
             ctx.dtype = hidden.dtype
         return loss.float()
 
@@ -65,10 +51,87 @@ class _ChunkedLoss(torch.autograd.Function):
         return (dhidden * gradient).to(ctx.dtype), dweight * gradient, None, None
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+class _WholeLoss(torch.autograd.Function):
+    """All logits are kept, as a loss behind a linear keeps them; the same sums, made in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        head = _Head(hidden, weight, targets)
+        kept = torch.empty(hidden.shape[0] + head.height, weight.shape[0], device=hidden.device)
+        strip = torch.empty(head.height, weight.shape[0], device=hidden.device)
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        for rows in head.chunks():
+            loss += head.loss(rows, head.logits(rows, kept[rows.start :]), strip)
+        ctx.save_for_backward(hidden, weight, targets, kept[: hidden.shape[0]])
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, targets, logits = ctx.saved_tensors
+        head = _Head(hidden, weight, targets)
+        strip = torch.empty(head.height, weight.shape[0], device=hidden.device)
+        dhidden, dweight = head.zero_gradients()
+        for rows in head.chunks():
+            head.loss(rows, logits[rows], strip)
+            head.add_gradients(rows, strip, dhidden, dweight)
+        return (dhidden * gradient).to(hidden.dtype), dweight * gradient, None
+
+
+class _Head:
+    """The steps of one chunk. hidden [T, H], weight [V, H] float32, targets [T]; `rows` is a slice of tokens."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+        self.hidden, self.weight, self.targets = hidden, weight, targets
+        self.operand = weight.to(hidden.dtype)
+        self.transposed = self.operand.float().t()
+        self.height = max(min(CHUNK_TOKENS, hidden.shape[0]), MINIMUM_ROWS)  # rows that a chunk's products take
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.hidden.shape[0], CHUNK_TOKENS):
+            yield slice(start, min(start + CHUNK_TOKENS, self.hidden.shape[0]))
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        """Logits [rows, V], written to the first rows of `out`, which has `height` of them."""
+        x = self.hidden[rows].float()
+        padded = tall(x, MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
+        torch.mm(padded, self.transposed, out=out[: padded.shape[0]])
+        return out[: x.shape[0]]
+
+    def loss(self, rows: slice, logits: Tensor, probability: Tensor) -> Tensor:
+        """The chunk's loss, float64 []; the softmax of its logits goes to the first rows of `probability`."""
+        target = self.targets[rows]
+        largest, own = logits.amax(dim=-1), logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+        probability = probability[: logits.shape[0]]
+        torch.softmax(logits, dim=-1, out=probability)
+        # The largest logit's probability is 1 / sum(exp(logit - largest)), at least 1 / V.
+        token_loss = largest - probability.amax(dim=-1).log() - own
+        return torch.where(target != IGNORED, token_loss, 0.0).sum(dtype=torch.float64)
+
+    def zero_gradients(self) -> tuple[Tensor, Tensor]:
+        """Room for those of hidden and weight, both float32."""
+        return torch.empty_like(self.hidden, dtype=torch.float32), torch.zeros_like(self.weight)
+
+    def add_gradients(self, rows: slice, probability: Tensor, dhidden: Tensor, dweight: Tensor) -> None:
+        """Fill the chunk's rows of dhidden and add to dweight; `probability` as `loss` left it, overwritten here."""
+        x, target = self.hidden[rows].float(), self.targets[rows]
+        probability = probability[: x.shape[0]]
+        index = target.clamp(min=0)[:, None]
+        probability.scatter_add_(1, index, probability.new_full(index.shape, -1.0))
+        d = probability.mul_((target != IGNORED)[:, None]).to(self.hidden.dtype)
+        dhidden[rows] = matmul_rows(d, self.operand)
+        dweight.addmm_(probability.copy_(d).t(), x)
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool = True) -> Tensor:
     """Sum over tokens of the next-token cross-entropy in nats: hidden [T, H], weight [V, H] float32, targets int64 [T].
 
-    Targets equal to IGNORED take no part. float32 scalar; tokens are added in float64.
+    Targets equal to IGNORED take no part. float32 scalar; tokens are added in float64. With `chunked` false all
+    logits are kept for backward; results have the same bits.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+    grad = torch.is_grad_enabled()
+    loss: Tensor = (
+        _ChunkedLoss.apply(hidden, weight, targets, grad)
+        if chunked or not grad
+        else _WholeLoss.apply(hidden, weight, targets)
+    )
     return loss

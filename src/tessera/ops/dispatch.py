@@ -45,7 +45,7 @@ class Dispatcher(Protocol):
     """Moves rows between token order and expert order. T tokens, S local slots, k choices a token."""
 
     def plan(self, experts: Tensor, num_experts: int) -> Slots:
-        """experts [T, k] -> the slots this process computes."""
+        """experts [T, k] -> the slots this process computes; backward asks again and gets the same."""
 
     def dispatch(self, rows: Operand, slots: Slots) -> Operand:
         """Operand [T, H] with one-row tiles -> [S, H] in slot order."""

@@ -4,8 +4,9 @@ The tokens are quantised once, before the gather; codes and scales travel (DeepS
 dispatch). In backward the output's gradient is quantised once a token before it travels to the experts for dgrad;
 for wgrad it is quantised 128 x 1 inside each expert's group, from the high-precision values.
 
-Kept for backward: the tokens' codes (shared with the shared expert; gathered again, not stored in slot order), the
-SwiGLU input in E4M3, the routing. No Python loop over experts here: the grouped GEMM is one operator.
+Kept for backward: what stands for the tokens' operand (shared with the shared expert; gathered again, not stored in
+slot order), the SwiGLU input in E4M3, the experts' ids and weights; slots are sorted again from the ids. `Keep` has
+the switches. No Python loop over experts here: the grouped GEMM is one operator.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from tessera.numerics import gemm
 from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
-from tessera.ops.dispatch import Dispatcher, Slots
-from tessera.ops.saved import load, save
+from tessera.ops.dispatch import Dispatcher
+from tessera.ops.keep import Keep
+from tessera.ops.saved import Again, load, save
 from tessera.ops.swiglu import activate, activate_backward, down_operands
 
 
@@ -46,31 +48,35 @@ class _ExpertMlp(torch.autograd.Function):
         x: Tensor,
         routing_weights: Tensor,
         operand: Operand,
-        slots: Slots,
+        kept: Operand | Again,
+        expert_ids: Tensor,
         experts: Experts,
         dispatcher: Dispatcher,
-        keep: bool,
+        keep: Keep | None,
         gate_up_parameter: Tensor,
         down_parameter: Tensor,
     ) -> Tensor:
         up, down = experts.gate_up.role, experts.down.role
         dtype = up.precision.activation_dtype
+        slots = dispatcher.plan(expert_ids, experts.num_experts)
         rows = dispatcher.dispatch(operand, slots)
         gate_up = gemm.fprop(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, slots.offsets)
         weights = routing_weights.flatten()[slots.choice]
         product = down.input(activate(gate_up, weights))
         y = gemm.fprop(product, experts.down.operand(), down.precision.accumulation, dtype, slots.offsets)
         if keep:
-            ctx.experts, ctx.dispatcher, ctx.dtype = experts, dispatcher, x.dtype
-            ctx.routing_shape = routing_weights.shape
-            cache = up.gate_up_cache(gate_up, experts.intermediate)
-            save(ctx, operand, cache, weights, slots.token, slots.choice, slots.position, slots.offsets)
+            ctx.experts, ctx.dispatcher, ctx.regather, ctx.dtype = experts, dispatcher, keep.regather_tokens, x.dtype
+            if not keep.regather_tokens:
+                kept = keep.linear_input(up, rows, x.detach().index_select(0, slots.token))
+            save(ctx, kept, keep.swiglu_input(up, gate_up), routing_weights, expert_ids)
         return dispatcher.combine(y, slots, x.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        operand, cache, weights, *indices = load(ctx)
-        slots, experts, dispatcher = Slots(*indices), ctx.experts, ctx.dispatcher
+        operand, cache, routing_weights, expert_ids = load(ctx)
+        experts, dispatcher = ctx.experts, ctx.dispatcher
+        slots = dispatcher.plan(expert_ids, experts.num_experts)
+        weights = routing_weights.flatten()[slots.choice]
         up, down = experts.gate_up.role, experts.down.role
         dtype, offsets = up.precision.activation_dtype, slots.offsets
         dy = dy.contiguous()
@@ -90,15 +96,16 @@ class _ExpertMlp(torch.autograd.Function):
         dgate_up, dweights = activate_backward(d, gate_up, weights, dtype)
         rows, columns = up.gradient(dgate_up, column_segment=experts.intermediate, offsets=offsets)
         dx = gemm.dgrad(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, offsets)
-        x_columns = up.input_columns(dispatcher.dispatch(operand, slots), offsets)
+        rows_of_x = dispatcher.dispatch(operand, slots) if ctx.regather else operand
+        x_columns = up.input_columns(rows_of_x, offsets)
         dgate_up_weight = gemm.wgrad(columns, x_columns, up.precision.accumulation, offsets)
 
         dx = dispatcher.combine(dx, slots, dy.shape[0])
         assert dweights is not None  # the routed experts always have weights
         return (
             dx.to(ctx.dtype),
-            dweights[slots.position].view(ctx.routing_shape),
-            *[None] * 5,
+            dweights[slots.position].view(routing_weights.shape),
+            *[None] * 6,
             dgate_up_weight.view_as(experts.gate_up.parameter),
             ddown.view_as(experts.down.parameter),
         )
@@ -107,14 +114,18 @@ class _ExpertMlp(torch.autograd.Function):
 def expert_mlp(
     x: Tensor,
     operand: Operand,
+    kept: Operand | Again,
     expert_ids: Tensor,
     routing_weights: Tensor,
     experts: Experts,
     dispatcher: Dispatcher,
+    keep: Keep,
 ) -> Tensor:
-    """x [T, H] with its fprop operand, expert_ids int64 [T, k], routing_weights float32 [T, k] -> [T, H]."""
-    slots = dispatcher.plan(expert_ids, experts.num_experts)
-    keep = torch.is_grad_enabled()
+    """x [T, H] with its fprop operand, expert_ids int64 [T, k], routing_weights float32 [T, k] -> [T, H].
+
+    `kept` stands for the operand in backward.
+    """
+    how = keep if torch.is_grad_enabled() else None
     parameters = experts.gate_up.parameter, experts.down.parameter
-    y: Tensor = _ExpertMlp.apply(x, routing_weights, operand, slots, experts, dispatcher, keep, *parameters)
+    y: Tensor = _ExpertMlp.apply(x, routing_weights, operand, kept, expert_ids, experts, dispatcher, how, *parameters)
     return y

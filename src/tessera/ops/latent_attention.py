@@ -14,8 +14,9 @@ need; it is also the plain formula on every other device.
 A row's result depends on the keys it sees, not on how long the sequence goes on: sequences are laid out in whole
 strips, so that every product has the height and depth that its place in the sequence gives it.
 
-Kept for backward: the parts as the linears made them, the softmax's log-sum-exp, and the attention output in the
-output projection's own cache format (E5M6 when it is FP8): decoded, it serves both the softmax's backward and wgrad.
+Kept for backward: what stands for the up-projected parts (they are made again from the latents, or kept), the
+softmax's log-sum-exp, and the attention output in the output projection's own cache format (E5M6 when it is FP8):
+decoded, it serves both the softmax's backward and wgrad.
 
 Shapes: B sequences of L positions, T = B * L, D = nope + rope; S = L rounded up to whole strips.
 """
@@ -31,7 +32,8 @@ from torch.nn.functional import pad
 from tessera.numerics import gemm
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
-from tessera.ops.saved import load, save
+from tessera.ops.keep import Keep
+from tessera.ops.saved import Again, load, save
 
 QUERY_BLOCK = 64  # queries a strip of scores; larger strips waste more above the diagonal
 
@@ -54,6 +56,14 @@ class AttentionShape:
         return -(-self.length // QUERY_BLOCK) * QUERY_BLOCK
 
 
+@dataclass(frozen=True)
+class Up:
+    """What stands for the up-projected q and kv in backward: they themselves, or the way to make them again."""
+
+    q: Tensor | Again
+    kv: Tensor | Again
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn interleaved pairs: x [..., R] float32 by rotation complex64 [..., R / 2]. The transpose: its conjugate.
 
@@ -74,11 +84,12 @@ class _LatentAttention(torch.autograd.Function):
         q: Tensor,
         kv: Tensor,
         k_rope: Tensor,
+        kept: Up,
         rotation: Tensor,
         mask: Tensor | None,
         shape: AttentionShape,
         output: Weight,
-        keep: bool,
+        keep: Keep | None,
         parameter: Tensor,
     ) -> Tensor:
         role = output.role
@@ -89,7 +100,8 @@ class _LatentAttention(torch.autograd.Function):
         if keep:
             ctx.shape, ctx.output = shape, output
             log_sum_exp = log_sum_exp[:, : shape.length].contiguous()
-            save(ctx, q, kv, k_rope, rotation, mask, log_sum_exp, role.input_cache(out, operand))
+            cache = keep.attention_output(role, out, operand)
+            save(ctx, kept.q, kept.kv, k_rope, rotation, mask, log_sum_exp, cache)
         return gemm.fprop(operand, output.operand(), role.precision.accumulation, role.precision.activation_dtype)
 
     @staticmethod
@@ -112,25 +124,28 @@ class _LatentAttention(torch.autograd.Function):
             q.dtype,
             shape,
         )
-        return (*_disassemble(dq, dk, dv, rotation, shape, q.dtype), *[None] * 5, dw.view_as(output.parameter))
+        return (*_disassemble(dq, dk, dv, rotation, shape, q.dtype), *[None] * 6, dw.view_as(output.parameter))
 
 
 def latent_attention(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
+    kept: Up,
     rotation: Tensor,
     mask: Tensor | None,
     shape: AttentionShape,
     output: Weight,
+    keep: Keep,
 ) -> Tensor:
     """q [T, heads * (nope + rope)], kv [T, heads * (nope + value)], k_rope [T, rope] -> [T, H]; T = batch * length.
 
     rotation complex64 [1 or B, L, rope / 2]; mask float32 [B, 1, L, L], added to the scores, 0 or -inf (it must
-    contain the causal part and leave each query a key), or None for plain causal attention.
+    contain the causal part and leave each query a key), or None for plain causal attention. `kept` stands for q and kv
+    in backward.
     """
-    keep = torch.is_grad_enabled()
-    y: Tensor = _LatentAttention.apply(q, kv, k_rope, rotation, mask, shape, output, keep, output.parameter)
+    how = keep if torch.is_grad_enabled() else None
+    y: Tensor = _LatentAttention.apply(q, kv, k_rope, kept, rotation, mask, shape, output, how, output.parameter)
     return y
 
 

@@ -1,7 +1,7 @@
 """RMSNorm: y = gamma * x / sqrt(mean(x^2) + eps), FP32 inside, activations' dtype in and out.
 
 As plain functions for the ops that fuse it with what follows, and as an autograd Function that saves x (the
-residual stream, which lives anyway) and one float per token; the normalised value is made again in backward.
+residual stream, which lives anyway) and one float per token. Whoever needs y in backward makes it again from these.
 Zhang and Sennrich, 2019.
 """
 
@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.ops.keep import Keep
+from tessera.ops.saved import Again
+
 
 def normalise(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x [T, H], gamma [H] float32 -> (y [T, H] in x's dtype, 1 / rms [T, 1] float32)."""
     wide = x.float()
     inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-    return (wide * inverse_rms * gamma).to(x.dtype), inverse_rms
+    return scaled(x, gamma, inverse_rms), inverse_rms
+
+
+def scaled(x: Tensor, gamma: Tensor, inverse_rms: Tensor) -> Tensor:
+    """The normalised value [T, H] in x's dtype, from x and its 1 / rms [T, 1]."""
+    return (x.float() * inverse_rms * gamma).to(x.dtype)
 
 
 def normalise_backward(dy: Tensor, x: Tensor, gamma: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,18 +39,24 @@ def normalise_backward(dy: Tensor, x: Tensor, gamma: Tensor, inverse_rms: Tensor
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         y, inverse_rms = normalise(x, gamma, epsilon)
         ctx.save_for_backward(x, gamma, inverse_rms)
-        return y
+        ctx.mark_non_differentiable(inverse_rms)
+        return y, inverse_rms
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gamma, inverse_rms = ctx.saved_tensors
         return *normalise_backward(dy.float(), x, gamma, inverse_rms), None
 
 
-def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
-    """x [..., H] -> the same shape and dtype; gamma [H] float32."""
-    y: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), gamma, epsilon)
-    return y.view(x.shape)
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float, keep: Keep) -> tuple[Tensor, Tensor | Again]:
+    """x [T, H] -> (y [T, H] in x's dtype, what stands for y in the backward of its readers); gamma [H] float32."""
+    y, inverse_rms = _RmsNorm.apply(x, gamma, epsilon)
+    return y, kept_norm(y, x, gamma, inverse_rms, keep)
+
+
+def kept_norm(y: Tensor, x: Tensor, gamma: Tensor, inverse_rms: Tensor, keep: Keep) -> Tensor | Again:
+    """y itself, or the way to make it again."""
+    return Again(scaled, x, gamma, inverse_rms) if keep.recompute_norms else y

@@ -1,8 +1,9 @@
 """SwiGLU and its down projection: y = (silu(gate) * up * w) W_down^T, w an optional weight a row.
 
 The product is never stored. Backward keeps the SwiGLU input (gate | up, [S, 2 I]) in E4M3 with gate and up tiled
-apart, decodes it, makes the product again and quantises it 128 x 1 for wgrad directly (DeepSeek-V3 report, section
-3.3.3; docs/numerics.md, "cached for backward"). The routing weight w multiplies in FP32 before the quantisation.
+apart (or as it is, where `Keep` says so), decodes it, makes the product again and quantises it 128 x 1 for wgrad
+directly (DeepSeek-V3 report, section 3.3.3; docs/numerics.md, "cached for backward"). The routing weight w multiplies
+in FP32 before the quantisation.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from tessera.numerics import gemm
 from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Role, Weight
 from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.ops.keep import Keep
 from tessera.ops.saved import load, save
 from tessera.ops.sigmoid import silu, silu_and_slope
 
@@ -53,12 +55,14 @@ def down_operands(
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, keep: bool, parameter: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate_up: Tensor, gate_up_role: Role, down: Weight, keep: Keep | None, parameter: Tensor
+    ) -> Tensor:
         p = down.role.precision
         operand = down.role.input(activate(gate_up, None))
         if keep:
             ctx.down, ctx.dtype = down, gate_up.dtype
-            save(ctx, gate_up_role.gate_up_cache(gate_up, gate_up.shape[1] // 2))
+            save(ctx, keep.swiglu_input(gate_up_role, gate_up))
         return gemm.fprop(operand, down.operand(), p.accumulation, p.activation_dtype)
 
     @staticmethod
@@ -75,7 +79,8 @@ class _SwigluLinear(torch.autograd.Function):
         return dgate_up, None, None, None, dw.view_as(down.parameter)
 
 
-def swiglu_linear(gate_up: Tensor, gate_up_role: Role, down: Weight) -> Tensor:
+def swiglu_linear(gate_up: Tensor, gate_up_role: Role, down: Weight, keep: Keep) -> Tensor:
     """gate_up [T, 2 I] -> [T, H] in the role's activation dtype."""
-    y: Tensor = _SwigluLinear.apply(gate_up, gate_up_role, down, torch.is_grad_enabled(), down.parameter)
+    kept = keep if torch.is_grad_enabled() else None
+    y: Tensor = _SwigluLinear.apply(gate_up, gate_up_role, down, kept, down.parameter)
     return y

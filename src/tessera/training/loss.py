@@ -65,7 +65,9 @@ def training_loss(model: Transformer, batch: Batch, document_ids: Tensor | None,
 
 def main_loss(model: Transformer, output: Output, targets: Tensor) -> Tensor:
     """Sum of the cross-entropy of `output.hidden` [B, L, H] against targets [B, L], in nats."""
-    return chunked_loss(output.hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+    return chunked_loss(
+        output.hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), chunked=model.keep.chunked_head
+    )
 
 
 def draft_tokens(targets: Tensor, depth: int) -> tuple[Tensor, Tensor]:
