@@ -13,6 +13,7 @@ from tessera.model.layer import Layer
 from tessera.model.rope import rotation
 from tessera.numerics import BLOCK, COLUMN, E4M3, VECTOR, Policy, Recorder, quantise
 from tessera.ops.dispatch import LocalDispatcher
+from tessera.ops.keep import Keep
 from tests.model import shapes
 from tests.ops.float64 import BF16, decoded, normal
 
@@ -34,7 +35,7 @@ TOKENS = sum(GROUPS)
 
 def test_every_gemm_of_a_layer_is_exact_on_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    layer = Layer(Blueprint(SECTION, Policy(), recorder, LocalDispatcher()), "layer", dense=False)
+    layer = Layer(Blueprint(SECTION, Policy(), recorder, LocalDispatcher(), Keep()), "layer", dense=False)
     initialise(layer, 0.03, seed=0)
     experts = torch.cat([torch.full((n,), e) for e, n in enumerate(GROUPS)])
     experts = experts[torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))][:, None]
@@ -46,7 +47,7 @@ def test_every_gemm_of_a_layer_is_exact_on_its_operands(monkeypatch: pytest.Monk
     y.backward(normal(*y.shape, seed=1).to(BF16))
 
     assert routing.counts.tolist() == GROUPS
-    assert Counter(p.kind for p in products) == {"fprop": 9, "dgrad": 9, "wgrad": 9}
+    assert Counter(p.kind for p in products) == {"fprop": 9 + 2, "dgrad": 9, "wgrad": 9}
     assert sum(p.offsets is not None for p in products) == 6
     for product in products:
         product.assert_exact()
@@ -55,7 +56,9 @@ def test_every_gemm_of_a_layer_is_exact_on_its_operands(monkeypatch: pytest.Monk
     for name, parameter in layer.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
-    q_a, kv_a, _, _, _, routed_up, _, shared_up, _ = (p for p in products if p.kind == "fprop")
+    q_a, kv_a, q_b, kv_b, _, routed_up, _, shared_up, _, *again = (p for p in products if p.kind == "fprop")
+    for first, second in zip((q_b, kv_b), again, strict=True):  # made again in backward
+        assert torch.equal(first.a.codes, second.a.codes) and torch.equal(first.result, second.result)
     assert q_a.a.codes is kv_a.a.codes  # quantised once for both
     slots = routed_up.offsets[-1]
     order = torch.cat([(experts[:, 0] == e).nonzero()[:, 0] for e in range(len(GROUPS))])
@@ -72,5 +75,5 @@ def test_every_gemm_of_a_layer_is_exact_on_its_operands(monkeypatch: pytest.Monk
     assert torch.equal(layer.self_attn.q_a_proj.weight.grad, dw.result)
     # dY of the fused gate and up: 1 x 128 tiles restart at up's first column.
     dgrad = next(p for p in products if p.kind == "dgrad" and p.b is shared_up.b)
-    again = [decoded(quantise(half.float(), E4M3, VECTOR)) for half in decoded(dgrad.a).chunk(2, dim=1)]
-    assert torch.equal(torch.cat(again, dim=1), decoded(dgrad.a))
+    halves = [decoded(quantise(half.float(), E4M3, VECTOR)) for half in decoded(dgrad.a).chunk(2, dim=1)]
+    assert torch.equal(torch.cat(halves, dim=1), decoded(dgrad.a))

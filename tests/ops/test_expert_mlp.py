@@ -9,9 +9,11 @@ from torch import Tensor
 
 import tests.ops.float64 as float64
 from tessera.numerics import BLOCK, COLUMN, E4M3, ROW, TENSOR, VECTOR, RoleKind, quantise
+from tessera.numerics.gemm import Operand
 from tessera.numerics.tiles import Tile
 from tessera.ops.dispatch import Dispatcher, LocalDispatcher, Slots, sort_slots
 from tessera.ops.expert_mlp import Experts, expert_mlp
+from tessera.ops.keep import Keep
 from tests.ops.float64 import BF16, Product, decoded, normal
 
 GROUPS = [0, 1, 127, 129, 0, 128, 0]  # slots an expert gets
@@ -36,6 +38,10 @@ def make_experts(num: int, hidden: int, intermediate: int, precision: str, tiles
     )
 
 
+def mlp(x: Tensor, operand: Operand, ids: Tensor, weights: Tensor, experts: Experts, dispatcher: Dispatcher) -> Tensor:
+    return expert_mlp(x, operand, operand, ids, weights, experts, dispatcher, Keep())
+
+
 def formula(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """float64, an expert at a time."""
     y = torch.zeros_like(x)
@@ -53,7 +59,7 @@ def errors(groups: list[int], choices: int, precision: str, dispatcher: Dispatch
     experts = make_experts(len(groups), 48, 20, precision)
     x = normal(len(ids), 48, seed=3).to(dtype).requires_grad_()
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    y = expert_mlp(x, experts.gate_up.role.input(x.detach()), ids, weights, experts, dispatcher)
+    y = mlp(x, experts.gate_up.role.input(x.detach()), ids, weights, experts, dispatcher)
     dy = normal(*y.shape, seed=5).to(dtype)
     y.backward(dy)
     leaves = [x, weights, experts.gate_up.parameter, experts.down.parameter]
@@ -121,7 +127,7 @@ def test_a_layer_of_odd_widths_runs_each_gemm_on_its_own_experts_codes(monkeypat
     x = normal(len(ids), hidden, seed=3).to(BF16).requires_grad_()
     weights = (0.5 + torch.rand(ids.shape, generator=torch.Generator().manual_seed(4))).requires_grad_()
     products = float64.spy_on_gemms(monkeypatch)
-    y = expert_mlp(x, experts.gate_up.role.input(x.detach()), ids, weights, experts, LocalDispatcher())
+    y = mlp(x, experts.gate_up.role.input(x.detach()), ids, weights, experts, LocalDispatcher())
     dy = normal(*y.shape, seed=5).to(BF16)
     y.backward(dy)
     by_name = dict(zip(("up", "down", "d_product", "dw_down", "dx", "dw_up"), _in_order(products), strict=True))
@@ -197,7 +203,7 @@ def test_a_token_does_not_depend_on_the_others(rows: int, precision: str) -> Non
 
     def run(count: int) -> Tensor:
         operand = experts.gate_up.role.input(x[:count])
-        return expert_mlp(x[:count], operand, ids[:count], weights[:count], experts, LocalDispatcher())
+        return mlp(x[:count], operand, ids[:count], weights[:count], experts, LocalDispatcher())
 
     assert torch.equal(run(rows), run(200)[:rows])
 
@@ -212,7 +218,7 @@ def test_tiles_of_a_whole_matrix_lie_over_each_experts_gate_and_up(
         experts.down.parameter.data[expert] *= factor
     x, ids = normal(12, 48, seed=3).to(BF16).requires_grad_(), ids_with([5, 4, 3], 1)
     products = float64.spy_on_gemms(monkeypatch)
-    y = expert_mlp(x, experts.gate_up.role.input(x.detach()), ids, torch.ones(12, 1), experts, LocalDispatcher())
+    y = mlp(x, experts.gate_up.role.input(x.detach()), ids, torch.ones(12, 1), experts, LocalDispatcher())
     y.backward(normal(*y.shape, seed=5).to(BF16))
     up, down, d_product, _, dx, dw_up = _in_order(products)
     halves = [half for w in experts.gate_up.parameter.detach() for half in w.chunk(2)]

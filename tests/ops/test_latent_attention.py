@@ -7,7 +7,8 @@ from torch import Tensor
 import tests.ops.float64 as float64
 from tessera.numerics import COLUMN, E4M3, E5M6, VECTOR, RoleKind, Weight, quantise
 from tessera.ops import latent_attention as module
-from tessera.ops.latent_attention import AttentionShape, latent_attention
+from tessera.ops.keep import Keep
+from tessera.ops.latent_attention import AttentionShape, Up, latent_attention
 from tests.ops.float64 import BF16, normal
 
 HIDDEN = 40
@@ -21,6 +22,12 @@ def parts(s: AttentionShape, dtype: torch.dtype = torch.float32) -> list[Tensor]
     tokens = s.batch * s.length
     widths = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.value), s.rope)
     return [normal(tokens, width, seed=i).to(dtype).requires_grad_() for i, width in enumerate(widths)]
+
+
+def attend(
+    q: Tensor, kv: Tensor, k_rope: Tensor, turn: Tensor, mask: Tensor | None, s: AttentionShape, w: Weight
+) -> Tensor:
+    return latent_attention(q, kv, k_rope, Up(q, kv), turn, mask, s, w, Keep())
 
 
 def rotation(s: AttentionShape, batch: int = 1) -> Tensor:
@@ -67,7 +74,7 @@ def compare(s: AttentionShape, *, precision: str = "fp32", mask: Tensor | None =
     """Relative errors of the output and of each gradient, parts then output weight."""
     dtype = torch.float32 if precision == "fp32" else BF16
     inputs, turn, w = parts(s, dtype), rotation(s, batch), output(s, precision)
-    y = latent_attention(*inputs, turn, mask, s, w)
+    y = attend(*inputs, turn, mask, s, w)
     dy = normal(*y.shape, seed=9).to(dtype)
     y.backward(dy)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
@@ -108,7 +115,7 @@ def test_scores_of_any_size_are_safe() -> None:
     inputs = [x.detach() * 300 for x in parts(s)]
     for x in inputs:
         x.requires_grad_()
-    latent_attention(*inputs, rotation(s), None, s, output(s, "fp32")).sum().backward()
+    attend(*inputs, rotation(s), None, s, output(s, "fp32")).sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
@@ -166,7 +173,7 @@ def test_each_operand_of_a_product_is_rounded_to_bf16_and_nothing_else_is() -> N
     width = s.heads * s.value
     identity = float64.weight(width, width, kind=RoleKind.ATTENTION_OUTPUT, precision="bf16")
     identity.parameter.data.copy_(torch.eye(width))
-    y = latent_attention(*inputs, turn, None, s, identity)
+    y = attend(*inputs, turn, None, s, identity)
     dy = normal(*y.shape, seed=9).to(BF16)
     y.backward(dy)
     out, gradients = rounded_formula(inputs, turn, dy, s)
@@ -187,12 +194,12 @@ def test_a_row_depends_on_the_keys_it_sees_and_not_on_what_follows_or_who_else_i
     dtype = torch.float32 if precision == "fp32" else BF16
     inputs, turn, w = [x.detach() for x in parts(s, dtype)], rotation(s), output(s, precision)
     mask = document_mask(s) if masked else None
-    whole = latent_attention(*inputs, turn, mask, s, w).view(s.batch, s.length, -1)
+    whole = attend(*inputs, turn, mask, s, w).view(s.batch, s.length, -1)
     for length in (1, 2, 3, 63, 64, 65, 100, 130, 150):
         rows = [x.view(s.batch, s.length, -1)[1, :length] for x in inputs]
         alone = shape(length, nope=16, rope=8, value=16, batch=1)
         part = None if mask is None else mask[1:, :, :length, :length]
-        found = latent_attention(*rows, turn[:, :length], part, alone, w)
+        found = attend(*rows, turn[:, :length], part, alone, w)
         assert torch.equal(found, whole[1, :length]), length
 
 
@@ -201,9 +208,9 @@ def test_the_output_projections_gradient_is_made_from_the_e5m6_cache(monkeypatch
     inputs, turn, width = parts(s, BF16), rotation(s), s.heads * s.value
     plain = float64.weight(width, width, kind=RoleKind.ATTENTION_OUTPUT, precision="bf16")
     plain.parameter.data.copy_(torch.eye(width))
-    out = latent_attention(*inputs, turn, None, s, plain).detach()  # through the identity: the core's own output
+    out = attend(*inputs, turn, None, s, plain).detach()  # through the identity: the core's own output
     seen = float64.spy_on_gemms(monkeypatch)
-    y = latent_attention(*inputs, turn, None, s, output(s, "fp8"))
+    y = attend(*inputs, turn, None, s, output(s, "fp8"))
     y.backward(normal(*y.shape, seed=9).to(BF16))
     forward, wgrad = (next(p for p in seen if p.kind == kind) for kind in ("fprop", "wgrad"))
     assert torch.equal(forward.a.codes, quantise(out, E4M3, VECTOR).codes)

@@ -11,7 +11,8 @@ import tests.ops.float64 as float64
 from tessera.numerics import RoleKind
 from tessera.ops.dispatch import LocalDispatcher
 from tessera.ops.expert_mlp import Experts, expert_mlp
-from tessera.ops.latent_attention import AttentionShape, latent_attention
+from tessera.ops.keep import Keep
+from tessera.ops.latent_attention import AttentionShape, Up, latent_attention
 from tessera.ops.linear import linear, normed_linear
 from tessera.ops.swiglu import swiglu_linear
 from tests.ops.float64 import BF16, normal
@@ -42,10 +43,20 @@ def sizes(kept: dict[tuple[int, torch.dtype], Tensor], *without: Tensor) -> dict
     return {dtype: sorted(counts) for dtype, counts in result.items()}
 
 
-def test_linears_behind_a_norm_keep_the_codes_once_and_nothing_wide() -> None:
+KEPT_CODES = Keep(recompute_norms=False)
+
+
+def test_linears_behind_a_norm_keep_nothing_wide_but_their_input() -> None:
     x, gamma = normal(T, H).to(BF16).requires_grad_(), torch.nn.Parameter(torch.ones(H))
     with saves() as kept:
-        normed_linear(x, gamma, 1e-6, float64.weight(H, H), float64.weight(2 * H, H))
+        normed_linear(x, gamma, 1e-6, Keep(), float64.weight(H, H), float64.weight(2 * H, H))
+    assert sizes(kept, x) == {}
+
+
+def test_linears_behind_a_norm_keep_its_codes_once() -> None:
+    x, gamma = normal(T, H).to(BF16).requires_grad_(), torch.nn.Parameter(torch.ones(H))
+    with saves() as kept:
+        normed_linear(x, gamma, 1e-6, KEPT_CODES, float64.weight(H, H), float64.weight(2 * H, H))
     assert sizes(kept, x) == {torch.uint8: [T * H]}
 
 
@@ -53,8 +64,8 @@ def test_a_linear_keeps_the_codes_it_was_given() -> None:
     x, w = normal(T, H).to(BF16).requires_grad_(), float64.weight(H, H)
     operand = w.role.input(x.detach())
     with saves() as kept:
-        linear(x, operand, w)
-        linear(x, operand, float64.weight(2 * H, H))
+        linear(x, operand, operand, w)
+        linear(x, operand, operand, float64.weight(2 * H, H))
     assert sizes(kept) == {torch.uint8: [T * H]}
     assert next(iter(kept.values())).data_ptr() == operand.codes.data_ptr()
 
@@ -62,22 +73,25 @@ def test_a_linear_keeps_the_codes_it_was_given() -> None:
 def test_swiglu_keeps_its_input_in_e4m3_and_not_the_product() -> None:
     gate_up = normal(T, 2 * I).to(BF16).requires_grad_()
     with saves() as kept:
-        swiglu_linear(gate_up, float64.role(RoleKind.DENSE_GATE_UP), float64.weight(H, I))
+        swiglu_linear(gate_up, float64.role(RoleKind.DENSE_GATE_UP), float64.weight(H, I), Keep())
     # scales: one for each token, gate and up
     assert sizes(kept) == {torch.uint8: [T * 2 * I], torch.float32: [T * 2]}
 
 
-def test_experts_keep_the_tokens_codes_unexpanded_and_the_swiglu_input() -> None:
+@pytest.mark.parametrize("regather", [True, False])
+def test_experts_keep_the_tokens_codes_once_a_token_or_once_an_expert(regather: bool) -> None:
     x, weights = normal(T, H).to(BF16).requires_grad_(), torch.rand(T, K).requires_grad_()
     up = float64.weight(E, 2 * I, H, kind=RoleKind.EXPERT_GATE_UP, row_segment=I)
     experts = Experts(up, float64.weight(E, H, I, kind=RoleKind.EXPERT_DOWN, row_segment=H))
     operand = up.role.input(x.detach())
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    keep = Keep(regather_tokens=regather)
     with saves() as kept:
-        expert_mlp(x, operand, ids, weights, experts, LocalDispatcher())
-    found = sizes(kept)
-    assert found.pop(torch.int64) == [T * K] * 3  # token, choice, position
-    assert found == {torch.uint8: [T * H, T * K * 2 * I], torch.float32: [T * K, T * K * 2]}
+        expert_mlp(x, operand, operand, ids, weights, experts, LocalDispatcher(), keep)
+    found = sizes(kept, weights)
+    assert found.pop(torch.int64) == [T * K]  # experts chosen; slots are sorted again
+    scales = [T * K * 2] if regather else [T * K, T * K * 2]  # of one tile: not more than T, left out by `sizes`
+    assert found == {torch.uint8: [T * H if regather else T * K * H, T * K * 2 * I], torch.float32: scales}
 
 
 def test_attention_keeps_its_parts_and_its_output_in_twelve_bits() -> None:
@@ -86,7 +100,7 @@ def test_attention_keeps_its_parts_and_its_output_in_twelve_bits() -> None:
     turn = torch.ones(1, s.length, 4, dtype=torch.complex64)
     w = float64.weight(H, 128, kind=RoleKind.ATTENTION_OUTPUT)
     with saves() as kept:
-        latent_attention(q, kv, k_rope, turn, None, s, w)
+        latent_attention(q, kv, k_rope, Up(q, kv), turn, None, s, w, Keep())
     found = sizes(kept, q, kv, k_rope, turn)
     assert found == {torch.uint8: [T * 128 * 3 // 2], torch.float32: [T * 4]}
 
@@ -95,7 +109,7 @@ def test_attention_keeps_its_parts_and_its_output_in_twelve_bits() -> None:
 def test_the_twins_keep_their_own_dtype(precision: str, dtype: torch.dtype) -> None:
     x, gamma = normal(T, H).to(dtype).requires_grad_(), torch.nn.Parameter(torch.ones(H))
     with saves() as kept:
-        normed_linear(x, gamma, 1e-6, float64.weight(H, H, precision=precision))
+        normed_linear(x, gamma, 1e-6, KEPT_CODES, float64.weight(H, H, precision=precision))
     assert sizes(kept, x) == {dtype: [T * H]}
 
 
@@ -103,7 +117,7 @@ def test_nothing_is_quantised_for_a_backward_that_will_not_come() -> None:
     x = normal(T, 2 * I).to(BF16)
     down, role = float64.weight(H, I), float64.role(RoleKind.DENSE_GATE_UP, name="up")
     with torch.no_grad():
-        swiglu_linear(x, role, down)
+        swiglu_linear(x, role, down, Keep())
     assert not role.recorder.nonfinite
-    swiglu_linear(x.requires_grad_(), role, down)
+    swiglu_linear(x.requires_grad_(), role, down, Keep())
     assert list(role.recorder.nonfinite) == ["up.gate_up_cache"]

@@ -97,25 +97,28 @@ def precision(recipe: RecipePath, overrides: Overrides = None, json: Json = Fals
     """The precision of every parameter, GEMM operand and tensor kept for backward; nothing is allocated."""
     resolved = load_recipe(recipe, overrides or ())
 
-    from tessera.model.precision_table import OPERANDS, precision_table
+    from tessera import accounting
+    from tessera.model.precision_table import OPERANDS, parameter_precisions
     from tessera.numerics import Policy
 
-    tables = precision_table(resolved.model, Policy(**resolved.numerics.model_dump()), resolved.optimizer.moments)
-    per_token = sum(row["layers"] * row["bytes_per_token"] for row in tables.cached)
-    fixed = sum(row["layers"] * row["bytes"] for row in tables.cached)
+    policy = Policy(**resolved.numerics.model_dump())
+    rows = parameter_precisions(resolved.model, policy, resolved.optimizer.moments)
+    saved = accounting.saved_rows(accounting.saved_tensors(resolved.model, resolved.numerics, resolved.memory))
+    per_token = sum(row["layers"] * row["bytes_per_token"] for row in saved)
+    fixed = sum(row["layers"] * row["bytes"] for row in saved)
     if json:
         print_json(
             {
                 "recipe": resolved.name,
-                "parameters": tables.parameters,
-                "cached": tables.cached,
+                "parameters": rows,
+                "cached": saved,
                 "cached_bytes_per_token": per_token,
                 "cached_bytes": fixed,
             }
         )
         return
-    _print_parameters(resolved.name, tables.parameters, OPERANDS)
-    _print_kept(resolved.name, tables.cached)
+    _print_parameters(resolved.name, rows, OPERANDS)
+    _print_kept(resolved.name, saved)
     print(f"all layers: {human_bytes(per_token)} a token, and {human_bytes(fixed)} whatever the number of tokens")
 
 

@@ -108,7 +108,7 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """x [T, H] residual stream -> ([T, H], to be added to x, the routing)."""
         y, kept_y = rms_norm(x, norm.weight, epsilon, self.keep)
-        routing = self.gate(y, kept_y, num_sequences, replayed)
+        routing = self.gate(y, num_sequences, replayed, kept=kept_y)
         operand, kept = self.experts.input(y.detach(), kept_y)
         out = self.experts(y, operand, kept, routing)
         if self.shared_experts is not None:

@@ -1,9 +1,11 @@
 """A layer with experts in plain PyTorch: what automatic differentiation keeps where nobody looks after memory.
 
 The yardstick of `tessera inspect memory --measure`, not a part of the model: the same mathematics and shapes as
-`Layer` with `MixtureOfExperts`, every parameter and activation in BF16, written with torch's own functions in the form
-that they save least in: fused RMSNorm and SiLU, flash attention (values padded to the keys' width, without which a
-CPU keeps the whole square of scores), experts one after the other.
+`Layer` with `MixtureOfExperts`, every parameter and activation in BF16, written with torch's own functions: its
+RMSNorm and SiLU, flash attention (values padded to the keys' width, without which a CPU keeps the whole square of
+scores), experts one after the other. No groups, routing bias or balance loss, which keep next to nothing.
+
+On a CPU torch composes RMSNorm of other operations, which keep two FP32 values an element; a fused one would keep none.
 """
 
 import torch
@@ -15,7 +17,7 @@ from tessera.recipe.model import ModelSection
 
 
 class PlainLayer(nn.Module):
-    """x [B, L, H] bfloat16 -> the same; routing without groups, bias and balance loss, which keep next to nothing."""
+    """x [B, L, H] bfloat16 -> the same."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -24,30 +26,21 @@ class PlainLayer(nn.Module):
         hidden, heads = section.hidden_size, section.num_attention_heads
         rank, kv_rank = section.q_lora_rank, section.kv_lora_rank
         width = section.moe_intermediate_size
-
-        def linear(columns: int, rows: int) -> nn.Linear:
-            return nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
-
-        def norm(width: int) -> nn.RMSNorm:
-            return nn.RMSNorm(width, eps=section.rms_norm_eps, dtype=torch.bfloat16)
-
-        self.input_norm, self.mlp_norm, self.kv_norm = norm(hidden), norm(hidden), norm(kv_rank)
-        if rank is None:
-            self.q_down, self.q = nn.Identity(), linear(hidden, heads * section.qk_head_dim)
-        else:
-            self.q_down = nn.Sequential(linear(hidden, rank), norm(rank))
-            self.q = linear(rank, heads * section.qk_head_dim)
-        self.kv_down = linear(hidden, kv_rank + section.qk_rope_head_dim)
-        self.kv = linear(kv_rank, heads * (section.qk_nope_head_dim + section.v_head_dim))
-        self.out = linear(heads * section.v_head_dim, hidden)
-        self.router = linear(hidden, section.n_routed_experts)
-        self.experts = nn.ModuleList(_Mlp(hidden, width, linear) for _ in range(section.n_routed_experts))
-        shared = section.n_shared_experts
-        self.shared = _Mlp(hidden, shared * width, linear) if shared else None
+        epsilon = section.rms_norm_eps
+        self.input_norm, self.mlp_norm, self.kv_norm = (_norm(n, epsilon) for n in (hidden, hidden, kv_rank))
+        self.q_down = nn.Sequential() if rank is None else nn.Sequential(_linear(hidden, rank), _norm(rank, epsilon))
+        self.q = _linear(rank or hidden, heads * section.qk_head_dim)
+        self.kv_down = _linear(hidden, kv_rank + section.qk_rope_head_dim)
+        self.kv = _linear(kv_rank, heads * (section.qk_nope_head_dim + section.v_head_dim))
+        self.out = _linear(heads * section.v_head_dim, hidden)
+        self.router = _linear(hidden, section.n_routed_experts)
+        self.experts = nn.ModuleList(_Mlp(hidden, width) for _ in range(section.n_routed_experts))
+        self.shared = _Mlp(hidden, section.n_shared_experts * width) if section.n_shared_experts else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attention(self.input_norm(x))
-        return x + self._mixture(self.mlp_norm(x).flatten(0, 1)).view(x.shape)
+        y: Tensor = self.mlp_norm(x)
+        return x + self._mixture(y.flatten(0, 1)).view(x.shape)
 
     def _attention(self, x: Tensor) -> Tensor:
         s, (batch, length, _) = self.section, x.shape
@@ -62,7 +55,8 @@ class PlainLayer(nn.Module):
         v = F.pad(v, (0, q.shape[-1] - s.v_head_dim))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.out(out[..., : s.v_head_dim].transpose(1, 2).flatten(2))
+        y: Tensor = self.out(out[..., : s.v_head_dim].transpose(1, 2).flatten(2))
+        return y
 
     def _mixture(self, x: Tensor) -> Tensor:
         s = self.section
@@ -76,12 +70,21 @@ class PlainLayer(nn.Module):
 
 
 class _Mlp(nn.Module):
-    def __init__(self, hidden: int, width: int, linear: "type[nn.Linear] | object") -> None:
+    def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate, self.up, self.down = linear(hidden, width), linear(hidden, width), linear(width, hidden)
+        self.gate, self.up, self.down = _linear(hidden, width), _linear(hidden, width), _linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def _linear(columns: int, rows: int) -> nn.Linear:
+    return nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+
+
+def _norm(width: int, epsilon: float) -> nn.RMSNorm:
+    return nn.RMSNorm(width, eps=epsilon, dtype=torch.bfloat16)
 
 
 def _rotated(x: Tensor, turn: Tensor) -> Tensor:

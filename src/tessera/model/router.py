@@ -50,12 +50,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, section.hidden_size, dtype=torch.float32))
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor, kept: Tensor | Again, num_sequences: int, experts: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, num_sequences: int, experts: Tensor | None = None, *, kept: Tensor | Again | None = None
+    ) -> Routing:
         """x [T, H] -> Routing; T tokens in `num_sequences` sequences of equal length. `kept` stands for x in backward.
 
         `experts` int64 [T, k] replays a choice: weights are this router's own affinities of those experts.
         """
-        affinity = sigmoid(dense_linear(x, kept, self.weight, torch.float32))
+        affinity = sigmoid(dense_linear(x, x if kept is None else kept, self.weight, torch.float32))
         if experts is None:
             experts = select(affinity.detach(), self.e_score_correction_bias, self.section)
         weights = affinity.gather(1, experts)

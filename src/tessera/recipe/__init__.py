@@ -7,6 +7,7 @@ One file a section, every field with its default, range and meaning; `load_recip
 from tessera.recipe.data import DataSection
 from tessera.recipe.errors import UserError
 from tessera.recipe.load import load_recipe
+from tessera.recipe.memory import MemorySection
 from tessera.recipe.model import ModelSection, RopeScaling
 from tessera.recipe.numerics import NumericsSection
 from tessera.recipe.optimizer import OptimizerSection
@@ -16,6 +17,7 @@ from tessera.recipe.training import TrainingSection
 
 __all__ = [
     "DataSection",
+    "MemorySection",
     "ModelSection",
     "NumericsSection",
     "OptimizerSection",

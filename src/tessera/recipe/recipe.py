@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 from tessera.recipe import notes, toml_writer
 from tessera.recipe.data import DataSection
+from tessera.recipe.memory import MemorySection
 from tessera.recipe.model import ModelSection
 from tessera.recipe.numerics import NumericsSection
 from tessera.recipe.optimizer import OptimizerSection
@@ -39,6 +40,7 @@ class Recipe(Section):
     )
     model: ModelSection = Field(description="The architecture.")
     numerics: NumericsSection = Field(NumericsSection(), description="Precision and FP8.")
+    memory: MemorySection = Field(MemorySection(), description="What is kept for backward.")
     data: DataSection = Field(description="Text, tokenizer and batches.")
     optimizer: OptimizerSection = Field(description="AdamW.")
     training: TrainingSection = Field(description="Steps, losses and intervals.")

@@ -23,6 +23,7 @@ from tessera.model import Transformer
 from tessera.model.weights import read_weights
 from tessera.numerics import Policy, Recorder
 from tessera.ops.chunked_loss import IGNORED
+from tessera.ops.keep import Keep
 from tessera.recipe import Recipe, UserError
 from tessera.store import EventWriter, RunFolder
 from tessera.store.run_folder import State
@@ -64,7 +65,12 @@ class Trainer:
         self.recorder = Recorder()
         policy = Policy(**recipe.numerics.model_dump())
         self.model = Transformer(
-            recipe.model, policy, recorder=self.recorder, seed=recipe.training.seed, device=self.device
+            recipe.model,
+            policy,
+            recorder=self.recorder,
+            keep=Keep(**recipe.memory.model_dump()),
+            seed=recipe.training.seed,
+            device=self.device,
         )
         self.optimizer = AdamW(dict(self.model.named_parameters()), recipe.optimizer)
         decay = recipe.training.ema_decay
