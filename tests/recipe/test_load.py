@@ -64,7 +64,7 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(file: Path) -> None:
         ),
         (
             "zzz=3",
-            "zzz = 3: unknown key; allowed here: schema, name, model, numerics, data, optimizer, training",
+            "zzz = 3: unknown key; allowed here: schema, name, model, numerics, memory, data, optimizer, training",
         ),
         (
             "optimizer.learning_rate=[{shape='linear', steps=3, to=1, form=2}]",

@@ -1,10 +1,11 @@
-"""tessera inspect: what a recipe means, without training it: model, precision, accumulation."""
+"""tessera inspect: what a recipe means, without training it: model, precision, memory, accumulation."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tessera.cli.inspect_memory import memory
 from tessera.cli.options import (
     Json,
     Overrides,
@@ -185,6 +186,14 @@ def _print_sections(title: str, headings: list[str], sections: dict[str, list[li
         for row in part:
             print(line(row))
     print()
+
+
+app.command(
+    epilog=examples(
+        "tessera inspect memory recipes/deepseek-v3.toml",
+        "tessera inspect memory recipes/tiny.toml --set memory.recompute_norms=false --measure",
+    )
+)(memory)
 
 
 @app.command(epilog=examples("tessera inspect accumulation --largest-k 4096 --plot accumulation.svg"))

@@ -57,7 +57,9 @@ class _WholeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         head = _Head(hidden, weight, targets)
-        kept = torch.empty(hidden.shape[0] + head.height, weight.shape[0], device=hidden.device)
+        tail = hidden.shape[0] % CHUNK_TOKENS or MINIMUM_ROWS  # a short last chunk is written with zeros behind it
+        rows_written = hidden.shape[0] + max(MINIMUM_ROWS - tail, 0)
+        kept = torch.empty(rows_written, weight.shape[0], device=hidden.device)
         strip = torch.empty(head.height, weight.shape[0], device=hidden.device)
         loss = hidden.new_zeros((), dtype=torch.float64)
         for rows in head.chunks():
