@@ -54,6 +54,7 @@ TABLE = {
     "tessera report DIR": "tessera report runs/stage2",
     "tessera inspect model RECIPE": "tessera inspect model recipes/deepseek-v3.toml",
     "tessera inspect precision RECIPE": "tessera inspect precision recipes/deepseek-v3.toml",
+    "tessera inspect memory RECIPE": "tessera inspect memory recipes/deepseek-v3.toml",
     "tessera inspect accumulation": "tessera inspect accumulation --largest-k 512 --size 2",
     "tessera doctor": "tessera doctor",
 }

@@ -1,4 +1,7 @@
-"""Arms of a comparison: the same recipe with other numerics. Every ablation is a recipe value."""
+"""Arms of a comparison: the same recipe with other numerics, or that keeps other bits for backward.
+
+Every ablation is a recipe value.
+"""
 
 import difflib
 import re
@@ -30,6 +33,11 @@ ARMS: dict[str, dict[str, Any]] = {
         "gradient_tiles": "vector",
     },
 }
+# What these change in [memory]: the FP8 arm, but for one tensor that backward has unrounded.
+MEMORY_ARMS: dict[str, dict[str, Any]] = {
+    "bf16-attention-output": {"e5m6_attention_output": False},
+    "bf16-swiglu-inputs": {"fp8_swiglu_inputs": False},
+}
 
 
 def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
@@ -37,11 +45,15 @@ def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
 
     Raises UserError for no such arm, and where its changes contradict the recipe's other numerics.
     """
+    if arm in MEMORY_ARMS:
+        kept = recipe.memory.model_copy(update=MEMORY_ARMS[arm])
+        return arm_recipe(recipe, "fp8").model_copy(update={"memory": kept})
     changes = ARMS.get("bf16" if is_control(arm) else arm)
     if changes is None:
-        close = difflib.get_close_matches(arm, ARMS, n=1)
+        names = [*ARMS, *MEMORY_ARMS]
+        close = difflib.get_close_matches(arm, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"no arm {arm!r}{hint}\nthere are {', '.join(ARMS)}")
+        raise UserError(f"no arm {arm!r}{hint}\nthere are {', '.join(names)}")
     values = recipe.numerics.model_dump() | changes
     try:
         numerics = NumericsSection.model_validate(values)

@@ -29,6 +29,8 @@ ABLATIONS = (
     "per-tensor",
     "e5m2-gradients",
     "block-gradients",
+    "bf16-attention-output",
+    "bf16-swiglu-inputs",
     "toward-zero",
     "fp8, outlier",
     "per-tensor, outlier",

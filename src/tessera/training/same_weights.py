@@ -20,6 +20,7 @@ from tessera.model import Transformer
 from tessera.model.weights import read_weights
 from tessera.numerics import Policy
 from tessera.ops.chunked_loss import IGNORED
+from tessera.ops.keep import Keep
 from tessera.recipe import Recipe
 from tessera.training import checkpoint
 from tessera.training.arms import arm_recipe
@@ -89,8 +90,9 @@ class SameWeights:
         """The arm's model, with the loaded weights."""
         if arm not in self._models:
             self._models = {name: model for name, model in self._models.items() if name == "fp32"}
-            policy = Policy(**arm_recipe(self.recipe, arm).numerics.model_dump())
-            self._models[arm] = Transformer(self.recipe.model, policy)
+            recipe = arm_recipe(self.recipe, arm)
+            policy, keep = Policy(**recipe.numerics.model_dump()), Keep(**recipe.memory.model_dump())
+            self._models[arm] = Transformer(recipe.model, policy, keep=keep)
             self._fill(self._models[arm])
         return self._models[arm]
 

@@ -13,6 +13,7 @@ from tessera.training.report.curves import Axis, axis, compact, differences, ser
 from tessera.training.report.folder import REFERENCE, Arm, Source
 from tessera.training.report.headline import headline
 from tessera.training.report.history import number
+from tessera.training.report.memory import memory_bars
 from tessera.training.report.wording import MISSING, arm_label, duration, fixed, grouped, listed, percent, short
 from tessera.training.verdict import CURVE_BAR, windows
 
@@ -93,6 +94,7 @@ def page(source: Source) -> dict[str, Any]:
         "arms": [_arm_row(source, arm) for arm in source.arms],
         "facts": list(_facts(source)),
         "notes": list(dict.fromkeys([*_notes(source), *(note for history in histories for note in history.notes)])),
+        "memory": memory_bars(source.recipe),
         "ablations": _ablations(source),
         "sample": _sample(source),
         "recipe": source.recipe,

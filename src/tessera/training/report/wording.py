@@ -54,6 +54,14 @@ def short(value: float) -> str:
     return f"{significant(value / 1000**power, 3)}{_NARROW}{'kMBT'[power - 1]}"
 
 
+def size(count: float) -> str:
+    """Bytes: 28500000 -> 28.5 MB; whole up to 9999 B."""
+    if not isfinite(count):
+        return MISSING
+    text = short(count).replace("B", "G")
+    return f"{text}B" if text[-1].isalpha() else f"{text}{_NARROW}B"
+
+
 def duration(seconds: float) -> str:
     """431 -> 7 min 11 s."""
     if not isfinite(seconds) or seconds < 0:
