@@ -68,6 +68,16 @@ def test_a_stop_is_told_once_and_only_of_jobs_that_train(lines: list[str]) -> No
     assert lines == [STOPPING]
 
 
+def test_an_unstable_step_is_one_line_with_what_was_done_and_where_more_is(lines: list[str]) -> None:
+    board = Board()
+    event = {"kind": "unstable", "step": 12, "reason": "a spike, loss 9 above 5", "decision": "skipped"}
+    event |= {"rule": 'stability.on_spike = "skip"', "evidence": "evidence/step-12.json"}
+    board.handle("fp8", event)
+    board.handle("fp8", event | {"evidence": None, "evidence_error": "no room"})
+    said = 'fp8: step 12: a spike, loss 9 above 5; skipped (stability.on_spike = "skip"); '
+    assert lines == [said + "evidence/step-12.json", said + "no evidence: no room"]
+
+
 class Terminal(io.StringIO):
     """A terminal where Ctrl-C is pressed while a line about validation is written."""
 

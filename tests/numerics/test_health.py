@@ -143,3 +143,17 @@ def test_tensors_are_measured_when_asked_for_and_never_otherwise() -> None:
     assert "empty" not in recorder.tensors  # nothing to measure, nothing to divide by
     recorder.clear()
     assert recorder.tensors == {}
+
+
+def test_what_a_pass_of_its_own_meets_is_forgotten_behind_it() -> None:
+    recorder = Recorder(measuring=True)
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    recorder.observe("weight", x, quantise(x, E4M3, BLOCK))
+    before = {name: dict(figures) for name, figures in recorder.tensors.items()}
+    poisoned = x.clone()
+    poisoned[0, 0] = torch.nan
+    with recorder.undisturbed():
+        recorder.clear()
+        recorder.observe("weight", poisoned, quantise(poisoned, E4M3, BLOCK))
+        assert recorder.first_nonfinite() == ("weight", 1) and recorder.tensors == {}
+    assert recorder.measuring and recorder.tensors == before and recorder.first_nonfinite() is None

@@ -34,6 +34,18 @@ def test_loss_and_gradients_are_those_of_float64(tokens: int, dtype: torch.dtype
     assert head.grad.dtype == torch.float32 and hidden.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 256, 259, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_kept_logits_give_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
+    results = []
+    for chunked in (True, False):
+        hidden, head, targets = case(tokens, dtype)
+        loss = chunked_loss(hidden, head, targets, chunked=chunked)
+        (0.3 * loss).backward()
+        results.append((loss.detach(), hidden.grad, head.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_ignored_positions_have_no_gradient_and_none_left_is_zero() -> None:
     hidden, head, targets = case(300)
     chunked_loss(hidden, head, targets).backward()

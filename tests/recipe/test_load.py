@@ -64,7 +64,8 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(file: Path) -> None:
         ),
         (
             "zzz=3",
-            "zzz = 3: unknown key; allowed here: schema, name, model, numerics, memory, data, optimizer, training",
+            "zzz = 3: unknown key; allowed here: schema, name, model, numerics, memory, data, optimizer, training, "
+            "stability",
         ),
         (
             "optimizer.learning_rate=[{shape='linear', steps=3, to=1, form=2}]",
@@ -356,3 +357,26 @@ def test_batches_are_whole_micro_batches_and_sum_to_the_tokens_of_the_run(file: 
 def test_a_recipe_made_in_python_is_checked_as_a_file_is() -> None:
     with pytest.raises(ValueError, match="hidden_size"):
         Recipe.model_validate({"name": "x", "model": {"hidden_size": "8"}})
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("stability.on_nonfinite=note", '"note": must be "stop", "skip" or "lower"'),
+        ("stability.on_spike=skp", '"skp": must be "note", "skip", "lower" or "stop"; did you mean "skip"?'),
+        ("stability.spike_window=1", "1: must be integer >= 2"),
+        ("stability.spike_deviations=0.5", "0.5: must be number >= 1"),
+        ("stability.lower_factor=1.0", "1.0: must be number > 0 and < 1"),
+        ("stability.lower_factor=0", "0: must be number > 0 and < 1"),
+        ("stability.max_consecutive=1", "1: must be integer >= 2"),
+    ],
+)
+def test_the_rules_for_unstable_steps_have_their_bounds(file: Path, wrong: str, message: str) -> None:
+    assert complaint(file, wrong) == f"{wrong.partition('=')[0]} = {message}"
+
+
+def test_a_recipe_that_says_nothing_of_stability_stops_at_nan_and_notes_spikes(file: Path) -> None:
+    stability = load_recipe(file).stability
+    assert (stability.on_nonfinite, stability.on_spike) == ("stop", "note")
+    assert (stability.spike_window, stability.spike_deviations) == (128, 6.0)  # those of OLMo-core
+    assert load_recipe(file, ["stability.on_spike=skip"]).stability.on_spike == "skip"

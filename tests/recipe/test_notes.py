@@ -41,6 +41,10 @@ def test_a_recipe_without_peculiarities_has_no_notes(file: Path) -> None:
             ["model.num_hidden_layers=27", "model.q_lora_rank=128"],
             "llama.cpp takes models of 26 or 27 layers",
         ),
+        (
+            ["stability.on_spike=skip", "stability.spike_window=20"],
+            'stability.on_spike = "skip" has no effect: training.steps = 10, and none is a spike before 10 calm ones',
+        ),
         (["model.n_group=4", "model.topk_group=2"], "num_experts_per_tok / topk_group = 1 of them"),
         (
             ["optimizer.learning_rate=[{shape='linear', steps=40, to=4}]"],
@@ -68,3 +72,8 @@ def test_a_peculiarity_is_named_with_its_figure(file: Path, overrides: list[str]
 )
 def test_nothing_is_said_where_nothing_follows(file: Path, overrides: list[str]) -> None:
     assert notes(file, *overrides) == []
+
+
+def test_spikes_that_are_only_noted_or_that_can_come_are_no_note(file: Path) -> None:
+    assert notes(file, "stability.spike_window=20") == []
+    assert notes(file, "stability.on_spike=stop", "stability.spike_window=19") == []

@@ -52,7 +52,7 @@ def make_recipe(folder: Path, changes: dict[str, dict[str, Any]]) -> Recipe:
         },
     }
     for section, values in changes.items():
-        sections[section].update(values)
+        sections.setdefault(section, {}).update(values)
     return Recipe.model_validate({"name": "small", **sections})
 
 

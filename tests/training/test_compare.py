@@ -12,8 +12,9 @@ import torch
 from tessera.recipe import Recipe, UserError
 from tessera.store import EventWriter, RunFolder
 from tessera.training import compare
-from tessera.training.arms import ARMS, arm_recipe
+from tessera.training.arms import ARMS, MEMORY_ARMS, arm_recipe
 from tessera.training.nonfinite import NonFinite
+from tessera.training.stability import Stopped
 from tessera.training.trainer import Trainer
 
 
@@ -27,6 +28,10 @@ def test_arms_differ_from_the_recipe_in_their_numerics_only(recipe_with: Callabl
         changed = arm_recipe(recipe, arm)
         assert changed.model_copy(update={"numerics": recipe.numerics}) == recipe
     assert arm_recipe(recipe, "control-3") == arm_recipe(recipe, "bf16")
+    for arm, switch in zip(MEMORY_ARMS, ("e5m6_attention_output", "fp8_swiglu_inputs"), strict=True):
+        changed = arm_recipe(recipe, arm)
+        assert changed.memory == recipe.memory.model_copy(update={switch: False})
+        assert changed.model_copy(update={"memory": recipe.memory}) == arm_recipe(recipe, "fp8")
     with pytest.raises(UserError, match="did you mean per-tensor"):
         arm_recipe(recipe, "per_tensor")
 
@@ -302,3 +307,57 @@ def test_a_control_that_diverged_is_no_control(recipe_with: Callable[..., Recipe
     assert summary["relative_loss_error"] == "not resolved"
     assert "1 finished control run" in summary["relative_loss_error_reason"]
     assert (summary["verdict"], set(summary["diverged"])) == ("passed", {"control-2"})
+
+
+def test_an_arm_that_left_out_updates_is_said_and_compared_all_the_same(
+    recipe_with: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    drift = {"bf16": 0.0, "fp8": 0.001, "control-1": 0.0, "control-2": 0.0}
+    comparison = written_comparison(recipe_with(training={"steps": 500}), tmp_path / "out", drift)
+    told = {"fp8": {7: "noted"}, "bf16": {}, "control-1": dict.fromkeys(range(30, 37), "skipped")}
+    told["control-2"] = {3: "lowered", 8: "noted"}
+    for arm, decisions in told.items():
+        with EventWriter(comparison.run_path(arm) / "events.jsonl", arm) as events:
+            for step, decision in decisions.items():
+                events.write("unstable", step, decision=decision)
+    summary = compare.summarise(comparison, FIGURES)
+    assert summary["refused_steps"] == {"control-1": 7, "control-2": 1}
+    assert summary["notes"] == [
+        "control-1 left out the update of 7 of its steps (30, 31, 32, 33, 34, ...), as [stability] says",
+        "control-2 left out the update of 1 of its steps (3), as [stability] says",
+    ]
+    assert summary["verdict"] == "passed"
+
+
+def test_a_loss_that_was_not_finite_in_the_judged_half_leaves_the_curves_unresolved(
+    recipe_with: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    drift = {"bf16": 0.0, "fp8": 0.001, "control-1": 0.0, "control-2": 0.0}
+    comparison = written_comparison(recipe_with(training={"steps": 500}), tmp_path / "out", drift)
+    path = comparison.run_path("fp8") / "events.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "step" and line["step"] == 400:
+            line["lm_loss"] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = compare.summarise(comparison, FIGURES)
+    assert (summary["relative_loss_error"], summary["verdict"]) == ("not resolved", "passed")
+    assert "a step that is not finite" in summary["relative_loss_error_reason"]
+
+
+def test_an_arm_that_a_spike_stopped_is_a_diverged_one(
+    recipe_with: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = compare.create(tmp_path / "out", recipe_with(training={"steps": 4}), ["fp8", "bf16"], 0, [], False)
+    comparison.dataset()
+
+    def broken(trainer: Trainer) -> None:
+        raise Stopped("step 0: a spike", "a spike, loss 9 above 5")
+
+    monkeypatch.setattr(Trainer, "_step", broken)
+    assert compare.train_arm(comparison, "fp8", 1, lambda event: None) == "diverged"
+    assert compare._state(comparison, "fp8") == "diverged"
+    (end,) = compare.read_events(comparison.run_path("fp8") / "events.jsonl", "end")
+    assert end["reason"] == "a spike, loss 9 above 5"
+    with pytest.raises(Stopped):
+        compare.train_arm(comparison, "bf16", 1, lambda event: None)

@@ -199,6 +199,44 @@ def test_what_is_measured_is_not_measured_again_and_a_new_row_measures_itself_al
     assert json.loads(copy.read_text()) == grown  # and it is kept
 
 
+def test_fp32_is_asked_once_a_set_of_weights_and_its_answers_are_those_of_a_row_alone(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, recipe, dataset, run, path = measured
+    rows = ("per-row", "per-tensor, outlier", "per-tensor", "block-gradients", "fp8, outlier")
+    known = json.loads(path.read_text()) | {"ablations": {}}
+
+    def measure(name: str, rows: tuple[str, ...], figures: dict[str, Any] | None) -> tuple[Evaluation, list[str]]:
+        file = tmp_path / f"{name}.json"
+        if figures:
+            file.write_text(json.dumps(figures))
+        asked, calls = Evaluation(file, recipe, dataset, run, lambda event: None), []
+        yardstick, gradient, load = asked.judge.yardstick, asked.judge.gradient, asked.judge.load
+
+        def loaded(folder: Path, *, outlier: bool) -> None:
+            calls.append(f"{folder.name}{' with an outlier' if outlier else ''}")
+            assert asked._yardstick is asked._reference is None  # let go of before other weights take memory
+            load(folder, outlier=outlier)
+
+        monkeypatch.setattr(asked.judge, "load", loaded)
+        monkeypatch.setattr(asked.judge, "yardstick", lambda *a: calls.append("yardstick") or yardstick(*a))
+        monkeypatch.setattr(
+            asked.judge, "gradient", lambda arm, r: (arm == "fp32" and calls.append("gradient")) or gradient(arm, r)
+        )
+        asked.run(rows)
+        return asked, calls
+
+    together, calls = measure("together", rows, known)
+    assert calls == ["step-40", "yardstick", "gradient", "step-40 with an outlier", "yardstick"]
+    for row in rows:
+        alone, _ = measure(row, (row,), known)
+        assert alone.figures["ablations"][row] == together.figures["ablations"][row], row
+    whole, calls = measure("whole", ("toward-zero",), None)
+    points = [call for step in (10, 20, 30, 40) for call in (f"step-{step}", "yardstick")]
+    assert calls == [*points, "gradient"]
+    assert whole.figures["ablations"]["toward-zero"] == measured[0]["ablations"]["toward-zero"]
+
+
 def test_a_figure_that_is_not_finite_is_measured_again(measured: Measured, tmp_path: Path) -> None:
     figures = measured[0]
     path = tmp_path / "figures.json"

@@ -43,6 +43,7 @@ def test_every_kind_of_event_becomes_the_curves_it_stands_for(curves: Curves, tm
     health = {"relative_rms": 0.03, "saturated": 0, "flushed": 7, "rounded_twice": None}
     board.handle({"kind": "health", "step": 4, "tensors": {"x.input": health}})
     board.handle({"kind": "checkpoint", "step": 4, "path": "somewhere"})
+    board.handle({"kind": "unstable", "step": 4, "loss": {"value": 9.0}, "decision": "skipped"})
     board.close()
     owed = {
         "step/lm_loss": [(3, 2.5)],

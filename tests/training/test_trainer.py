@@ -14,6 +14,7 @@ import torch
 from tessera.data import Dataset
 from tessera.model import weights as weight_files
 from tessera.model.weights import weights
+from tessera.ops.keep import Keep
 from tessera.recipe import Recipe, UserError
 from tessera.store import RunFolder, read_events
 from tessera.training import checkpoint
@@ -71,6 +72,21 @@ def test_resume_is_bit_exact(precision: str, recipe_with: RecipeWith, dataset_of
     kinds = ("step", "load", "health", "validation", "checkpoint")
     assert [e["step"] for e in facts(broken / "events.jsonl", "checkpoint")] == [2, 4, 6]  # also the one gone on from
     assert facts(broken / "events.jsonl", *kinds) == facts(tmp_path / "whole" / "events.jsonl", *kinds)
+
+
+def test_the_memory_switches_reach_the_model(recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path) -> None:
+    ends = []
+    for name, memory in (
+        ("on", {}),
+        ("lossless", {"recompute_norms": False, "regather_tokens": False}),
+        ("lossy", {"fp8_swiglu_inputs": False}),
+    ):
+        recipe = recipe_with(memory=memory, training={"steps": 3})
+        trainer = trained(recipe, tmp_path / name, dataset_of(recipe))
+        assert trainer.model.keep == Keep(**recipe.memory.model_dump())
+        ends.append(state(trainer))
+    assert_same(ends[0], ends[1])
+    assert any(not torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
 
 
 def test_measuring_health_and_validating_do_not_change_the_weights(

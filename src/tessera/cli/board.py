@@ -83,6 +83,10 @@ class Board:
                 averaged = f" ({event['ema_bits_per_byte']:.3f} averaged)" if "ema_bits_per_byte" in event else ""
                 bits = f"{event['bits_per_byte']:.3f} bits per byte{averaged}"
                 self.say(f"{job}: validation at step {event['step']}: {bits}")
+            case "unstable":
+                kept = event["evidence"] or f"no evidence: {event['evidence_error']}"
+                done = f"{event['decision']} ({event['rule']}); {kept}"
+                self.say(f"{job}: step {event['step']}: {event['reason']}; {done}")
             case "stopping" if job in self._steps and not self._stopping:  # other work has nothing to finish
                 self._stopping = True
                 self.say(STOPPING)

@@ -58,7 +58,7 @@ def command(
 
     Ctrl-C ends after the step, keeps a checkpoint and prints the way to resume; a second one ends at once.
 
-    Exit code 0: finished; 2: a mistake in the input, or a step that is not finite; 130: stopped.
+    Exit code 0: finished; 2: a mistake in the input, or a step at which [stability] stops; 130: stopped.
     """
     require_recipe_or_resume("train", recipe, resume, {"--set": overrides, "--out": out, "--from": start})
     if device not in ("cpu", "cuda"):

@@ -5,6 +5,8 @@ elements (the quantiser meets them anyway), so that the trainer can stop before 
 tensor. While `measuring` it also compares each quantised tensor with its source.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -29,6 +31,16 @@ class Recorder:
     def clear(self) -> None:
         self.nonfinite.clear()
         self.tensors.clear()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within the block nothing is measured, and what is counted there is forgotten behind it."""
+        measuring, nonfinite, tensors = self.measuring, dict(self.nonfinite), dict(self.tensors)
+        self.measuring = False
+        try:
+            yield
+        finally:
+            self.measuring, self.nonfinite, self.tensors = measuring, nonfinite, tensors
 
     def observe(self, name: str, source: Tensor, quantised: TiledTensor, *, requantised: bool = False) -> None:
         """Count non-finite elements of `quantised`, and measure it against `source` [R, C] when asked to.

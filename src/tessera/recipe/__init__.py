@@ -13,6 +13,7 @@ from tessera.recipe.numerics import NumericsSection
 from tessera.recipe.optimizer import OptimizerSection
 from tessera.recipe.recipe import Recipe
 from tessera.recipe.schedule import Schedule, Segment
+from tessera.recipe.stability import StabilitySection
 from tessera.recipe.training import TrainingSection
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RopeScaling",
     "Schedule",
     "Segment",
+    "StabilitySection",
     "TrainingSection",
     "UserError",
     "load_recipe",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from tessera.recipe.model import ModelSection
 from tessera.recipe.schedule import Schedule
+from tessera.recipe.stability import StabilitySection
 
 TILE = 128  # edge of the published checkpoint's scale blocks
 
@@ -77,3 +78,12 @@ def schedule_notes(steps: int, schedules: Mapping[str, Schedule]) -> Iterator[st
                 f"{key} describes {schedule.steps} steps, but training.steps = {steps}: "
                 f"the run ends at {schedule.at(steps - 1):g}"
             )
+
+
+def stability_notes(steps: int, stability: StabilitySection) -> Iterator[str]:
+    """A note if spikes are to be refused, but the run ends before it can tell one."""
+    if stability.on_spike != "note" and steps <= stability.fewest_calm_steps:
+        yield (
+            f'stability.on_spike = "{stability.on_spike}" has no effect: training.steps = {steps}, and none is a spike '
+            f"before {stability.fewest_calm_steps} calm ones (half of stability.spike_window)"
+        )

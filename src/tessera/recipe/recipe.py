@@ -19,6 +19,7 @@ from tessera.recipe.numerics import NumericsSection
 from tessera.recipe.optimizer import OptimizerSection
 from tessera.recipe.schedule import Schedule
 from tessera.recipe.section import Section
+from tessera.recipe.stability import StabilitySection
 from tessera.recipe.training import TrainingSection
 
 _NAME = re.compile(r"\w[\w .-]*")
@@ -44,6 +45,9 @@ class Recipe(Section):
     data: DataSection = Field(description="Text, tokenizer and batches.")
     optimizer: OptimizerSection = Field(description="AdamW.")
     training: TrainingSection = Field(description="Steps, losses and intervals.")
+    stability: StabilitySection = Field(
+        StabilitySection(), description="Steps that are not finite, and spikes of the loss."
+    )
 
     def to_toml(self) -> str:
         """The recipe with every field written out; `load_recipe` of this text gives an equal recipe.
@@ -70,6 +74,7 @@ class Recipe(Section):
         found = list(notes.model_notes(self.model))
         if self.numerics.precision == "fp8":
             found += notes.tile_notes(self.model)
+        found += notes.stability_notes(self.training.steps, self.stability)
         return found + list(notes.schedule_notes(self.training.steps, self._schedules()))
 
     def _schedules(self) -> dict[str, Schedule]:

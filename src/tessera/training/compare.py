@@ -15,7 +15,7 @@ The work is resumable: what a folder has finished is not done again.
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from tessera.training import same_weights, verdict
 from tessera.training.arms import arm_recipe, control_seed, is_control, require_backward
 from tessera.training.evaluation import ACCUMULATION, Evaluation, arm_of, missing, read_figures, uncaught
 from tessera.training.jobs import Emit, Job, run_jobs
-from tessera.training.nonfinite import NonFinite
+from tessera.training.stability import REFUSED, Stopped
 from tessera.training.trainer import Trainer
 
 SCHEMA = 1
+SHOWN = 5  # steps of a long list
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def run(
 def train_arm(comparison: Comparison, arm: str, threads: int, emit: Emit) -> str:
     """Train one arm to the end, from its last checkpoint where it has one; returns "finished" or "diverged".
 
-    The BF16 arm is what all others are held against: where it is not finite, NonFinite is raised.
+    The BF16 arm is what all others are held against: where it is stopped by [stability], Stopped is raised.
     """
     torch.set_num_threads(threads)
     path = comparison.run_path(arm)
@@ -228,7 +229,7 @@ def train_arm(comparison: Comparison, arm: str, threads: int, emit: Emit) -> str
             trainer.perturb(control_seed(arm))
     try:
         state = trainer.run()
-    except NonFinite:
+    except Stopped:
         if arm == "bf16":
             raise
         return "diverged"
@@ -253,18 +254,20 @@ def _state(comparison: Comparison, arm: str) -> str:
     facts = RunFolder.open(path).state() if (path / "run.json").is_file() else {"state": "absent"}
     if facts["state"] == "finished":
         return "finished"
-    return "diverged" if facts.get("nonfinite") and arm != "bf16" else "open"
+    stopped = facts.get("stopped") or facts.get("nonfinite")  # the latter: of an earlier tessera
+    return "diverged" if stopped and arm != "bf16" else "open"
 
 
 def summarise(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]:
     """compare.json, from the runs' events and the same-weights figures."""
     steps = comparison.recipe.training.steps
-    losses, ends, validations = {}, {}, {}
+    losses, ends, validations, refused = {}, {}, {}, {}
     diverged = [arm for arm in comparison.trained if _state(comparison, arm) == "diverged"]
     for arm in comparison.trained:
         events = comparison.run_path(arm) / "events.jsonl"
         losses[arm] = {e["step"]: e["lm_loss"] for e in read_events(events, "step") if e["lm_loss"] is not None}
         ends[arm] = [*read_events(events, "end")][-1]
+        refused[arm] = [e["step"] for e in read_events(events, "unstable") if e["decision"] in REFUSED]
         validations[arm] = [] if arm in diverged else [*read_events(events, "validation")][-1:]
     controls = [losses[arm] for arm in comparison.trained if is_control(arm) and arm not in diverged]
     curve = verdict.curve_error(losses["fp8"], losses["bf16"], controls, steps)
@@ -282,6 +285,7 @@ def summarise(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]
         "name": comparison.recipe.name,
         "arms": list(comparison.trained),
         "diverged": {arm: ends[arm]["reason"] for arm in diverged},
+        "refused_steps": {arm: len(found) for arm, found in refused.items() if found},
         "controls": comparison.controls,
         "steps": steps,
         "same_weights_loss_error": loss_error,
@@ -295,12 +299,23 @@ def summarise(comparison: Comparison, figures: dict[str, Any]) -> dict[str, Any]
         "control_errors": list(curve.controls),
         "verdict": "failed" if missed else "passed",
         "failures": missed,
-        "notes": _notes(figures),
+        "notes": [*_refusals(refused), *_notes(figures)],
         "bits_per_byte": {arm: v["bits_per_byte"] for arm, v in final.items()},
         "mtp_acceptance": {arm: v["mtp_acceptance"] for arm, v in final.items()},
         "final_loss": {arm: v["loss"] for arm, v in final.items()},
         "tokens_per_s": {arm: e["tokens_per_s"] for arm, e in ends.items()},
     }
+
+
+def _refusals(refused: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """A sentence for each arm that did not make every update: its curve and its weights are of fewer than the others'.
+
+    `refused`: arm -> the steps whose update it left out.
+    """
+    for arm, steps in refused.items():
+        if steps:
+            shown = ", ".join(map(str, steps[:SHOWN])) + (", ..." if len(steps) > SHOWN else "")
+            yield f"{arm} left out the update of {len(steps)} of its steps ({shown}), as [stability] says"
 
 
 def _notes(figures: dict[str, Any]) -> list[str]:

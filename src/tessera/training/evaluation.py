@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tessera.data import Dataset, WittenBellBigram
 from tessera.recipe import Recipe
 from tessera.store import RunFolder, write_json
 from tessera.store.json_text import check_schema, read_object
 from tessera.training import verdict
-from tessera.training.same_weights import NUM_BATCHES, SameWeights, gradient_error, milestones
+from tessera.training.same_weights import NUM_BATCHES, SameWeights, Yardstick, gradient_error, milestones
 from tessera.training.validation import held_out
 
 SCHEMA = 1
@@ -80,6 +82,10 @@ class Evaluation:
         self.steps = milestones(recipe.training.steps)
         self.figures = read_figures(path)
         self._done = self._total = 0
+        # Of the weights that are loaded: FP32's answers are the same for every row, and cost as much as a row.
+        self._weights: tuple[int, bool] | None = None
+        self._yardstick: Yardstick | None = None
+        self._reference: dict[str, Tensor] | None = None
 
     def run(self, rows: tuple[str, ...]) -> dict[str, Any]:
         """Measure the criteria and the rows; returns all figures of the file."""
@@ -102,13 +108,28 @@ class Evaluation:
         self.emit({"kind": "progress", "done": self._done, "total": self._total})
 
     def _load(self, step: int, *, outlier: bool = False) -> None:
-        self.judge.load(self.bf16.checkpoint_path(step), outlier=outlier)
+        if self._weights != (step, outlier):
+            self._yardstick = self._reference = None  # a gradient is as large as the weights: let go of it first
+            self.judge.load(self.bf16.checkpoint_path(step), outlier=outlier)
+            self._weights = step, outlier
+
+    def _exact(self) -> Yardstick:
+        """The FP32 arm's answers on the weights that are loaded, measured once."""
+        if self._yardstick is None:
+            self._yardstick = self.judge.yardstick()
+        return self._yardstick
+
+    def _exact_gradient(self) -> dict[str, Tensor]:
+        """The FP32 arm's gradient on the weights that are loaded, measured once."""
+        if self._reference is None:
+            self._reference = self.judge.gradient("fp32", self._exact().routing)
+        return self._reference
 
     def _criteria(self) -> dict[str, Any]:
         judge, points = self.judge, []
         for step in self.steps:
             self._load(step)
-            exact = judge.yardstick()
+            exact = self._exact()
             fp8 = judge.loss_error("fp8", exact, progress=self._progress)
             bf16 = judge.loss_error("bf16", exact, progress=self._progress)
             points.append(
@@ -121,7 +142,7 @@ class Evaluation:
                     "bf16_rerouted_tokens": bf16.rerouted,
                 }
             )
-        reference = judge.gradient("fp32", exact.routing)
+        reference = self._exact_gradient()
         replayed = gradient_error(judge.gradient("fp8", exact.routing), reference)
         free = gradient_error(judge.gradient("fp8", None), reference)
         bf16_gradient = gradient_error(judge.gradient("bf16", exact.routing), reference)
@@ -141,12 +162,11 @@ class Evaluation:
         """The criteria of the verdict at one point; with an outlier, and where an arm has no backward, loss only."""
         arm, outlier = arm_of(row), row.endswith(OUTLIER_SUFFIX)
         self._load(self.steps[-1], outlier=outlier)
-        exact = self.judge.yardstick()
+        exact = self._exact()
         loss = self.judge.loss_error(arm, exact, progress=self._progress).free
         if outlier:
             return judged(row, loss, None, None, "one channel scaled by 1e5, loss only")
-        reference = self.judge.gradient("fp32", exact.routing)
-        gradient = gradient_error(self.judge.gradient(arm, exact.routing), reference)
+        gradient = gradient_error(self.judge.gradient(arm, exact.routing), self._exact_gradient())
         return judged(row, loss, gradient.error, gradient.bias, "final weights")
 
     def _accumulation(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When a step is not finite: stop before the optimizer, and name where it began.
+"""When a step is not finite: name where it began, before the optimizer sees it.
 
 FP8 casts saturate silently, so the quantisers count NaN and infinity before the cast, in every role. Where they
 met none (the BF16 and FP32 arms, the head, the router), each module's output is looked at while the forward pass is
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from tessera.model import Output, Routing
 from tessera.numerics import Recorder
-from tessera.recipe import UserError
+from tessera.training.stability import Stopped
 
 
-class NonFinite(UserError):
+class NonFinite(Stopped):
     """A step whose loss or gradient is NaN or infinite; `where` names the first module or tensor found."""
 
     def __init__(self, step: int, where: str) -> None:
         super().__init__(
             f"step {step}: not finite, first seen in {where}; stopped before the optimizer, the weights are those of "
-            f"step {step}\nlower optimizer.learning_rate, or resume from an earlier checkpoint with other data"
+            f"step {step}\nlower optimizer.learning_rate, or resume from an earlier checkpoint with other data; "
+            'stability.on_nonfinite = "skip" or "lower" leaves such a step out and trains on, also in the recipe.toml '
+            "of this run before --resume",
+            f"not finite in {where}",
         )
         self.where = where
 

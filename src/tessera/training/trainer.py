@@ -1,16 +1,18 @@
 """The loop: from a recipe and batches to weights, one event at a time.
 
-A step: cut the batch into micro-batches, add up their gradients in FP32, look whether everything is finite, clip,
-update the weights, then move the routing biases once by the counts of the whole batch (DeepSeek-V3 report, section
-2.1.2). What is seen on the way is written to the run's event file and handed to `observer`; nothing here prints.
+A step: cut the batch into micro-batches, add up their gradients in FP32, look whether everything is finite and no
+spike (`stability`), clip, update the weights, then move the routing biases once by the counts of the whole batch
+(DeepSeek-V3 report, section 2.1.2). What is seen on the way is written to the run's event file and handed to
+`observer`; nothing here prints.
 
 Everything that the next step depends on is in `save`; a run that is stopped and resumed gives the same bits as one
 that is not. Wall-clock figures (tokens/s, MFU, elapsed seconds) are measurements and differ.
 """
 
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
 from tessera.training.arms import require_backward
 from tessera.training.ema import Ema
+from tessera.training.evidence import UnstableStep, keep_evidence
 from tessera.training.interrupt import finish_on_signal
 from tessera.training.loss import Losses, Share, training_loss
 from tessera.training.optimizer import AdamW
 from tessera.training.peak import measured_flops
+from tessera.training.stability import Finding, Stability, Stopped, stopped
 from tessera.training.tensorboard import TensorBoard
 from tessera.training.validation import Validation, held_out, validate
 
@@ -75,6 +79,7 @@ class Trainer:
         self.optimizer = AdamW(dict(self.model.named_parameters()), recipe.optimizer)
         decay = recipe.training.ema_decay
         self.ema = None if decay is None else Ema(self.model, decay)
+        self.stability = Stability(recipe.stability)
         self.step = self.position = self.tokens = 0
         self.seconds = 0.0  # of training, over all sittings
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
@@ -101,6 +106,7 @@ class Trainer:
         if trainer.ema:
             checkpoint.read_ema(path, trainer.ema)
         trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
+        trainer.stability.restore(state.get("stability"))
         trainer._saved_at = trainer.step  # what was just read need not be written again
         trainer.seconds, trainer._offset = state["seconds"], state["event_offset"]
         return trainer
@@ -127,9 +133,9 @@ class Trainer:
     def run(self, announce: Callable[[], None] | None = None) -> State:
         """Train to the recipe's last step; returns "finished" or "interrupted" (Ctrl-C, SIGTERM; checkpoint kept).
 
-        `announce` is called, in a thread of its own, as soon as such a signal arrives. Raises NonFinite before the
-        optimizer of the first step that is not finite, and UserError where the disk refuses; the run's state is then
-        "failed".
+        `announce` is called, in a thread of its own, as soon as such a signal arrives. Raises Stopped before the
+        optimizer of a step at which the recipe's [stability] ends the run (NonFinite, of these, where a step is not
+        finite), and UserError where the disk refuses; the run's state is then "failed".
         """
         self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
         self._tensorboard = None
@@ -157,9 +163,11 @@ class Trainer:
     def _fail(self, error: BaseException) -> None:
         facts = {}
         try:
-            if isinstance(error, nonfinite.NonFinite):
-                facts["nonfinite"] = error.where  # going on would end here again
-                self._end(f"not finite in {error.where}")
+            if isinstance(error, Stopped):
+                facts["stopped"] = error.reason  # going on would end here again
+                if isinstance(error, nonfinite.NonFinite):
+                    facts["nonfinite"] = error.where
+                self._end(error.reason)
         finally:
             self._close("failed", **facts)
 
@@ -195,20 +203,17 @@ class Trainer:
         losses = self._accumulate(batch, share)
         norm = self.optimizer.gradient_norm()
         total = sum((one.total.detach() for one in losses), torch.zeros(()))
-        if not bool(torch.isfinite(norm) & torch.isfinite(total)) or self.recorder.first_nonfinite():
-            where = nonfinite.find(self.model, self.recorder, lambda: self._accumulate(batch, share, backward=False))
-            raise nonfinite.NonFinite(step, where)
-        clip = self.recipe.optimizer.gradient_clip
-        rate = self.recipe.optimizer.learning_rate.at(step)
-        if self.ema:
-            self.ema.join()
-        self.optimizer.step(rate, min(1.0, clip / (float(norm) + 1e-12)))
-        if self.ema:
-            self.ema.update()
+        finite = bool(torch.isfinite(norm) & torch.isfinite(total)) and not self.recorder.first_nonfinite()
+        rate = self.recipe.optimizer.learning_rate.at(step) * self.stability.rate_scale
+        finding = self.stability.judge(float(sum(one.lm for one in losses)), float(norm), finite=finite)
+        if finding:
+            self._tell(finding, batch, share, losses, rate)
         counts = [torch.stack(layer).sum(dim=0) for layer in zip(*(one.counts for one in losses), strict=True)]
         speed = t.bias_update_speed.at(step)
-        for (_, router), count in zip(self.model.routers(), counts, strict=True):
-            router.update_bias(count, speed)
+        if finding is None or finding.applied:
+            self._update(rate, float(norm), counts, speed)
+        else:
+            self.optimizer.zero_gradients()
 
         self.step += 1
         self.position += size
@@ -217,17 +222,48 @@ class Trainer:
         self.seconds += elapsed
         self._record(step, size, losses, float(total), float(norm), rate, speed, share, elapsed, counts)
 
+    def _update(self, rate: float, norm: float, counts: list[Tensor], speed: float) -> None:
+        """Everything that a step changes: weights and moments, their average, the routing biases."""
+        if self.ema:
+            self.ema.join()
+        self.optimizer.step(rate, min(1.0, self.recipe.optimizer.gradient_clip / (norm + 1e-12)))
+        if self.ema:
+            self.ema.update()
+        for (_, router), count in zip(self.model.routers(), counts, strict=True):
+            router.update_bias(count, speed)
+
+    def _tell(self, finding: Finding, batch: Batch, share: Share, losses: list[Losses], rate: float) -> None:
+        """Keep the evidence of a step that is no calm one, say what is done; raises Stopped where that is to stop."""
+        where = None
+        if finding.kind == "nonfinite":
+            with self.recorder.undisturbed():
+                forward = partial(self._accumulate, batch, share, backward=False)
+                where = nonfinite.find(self.model, self.recorder, forward)
+        parts, masked = list(self._parts(batch)), not self.recipe.data.cross_document_attention
+        seen = UnstableStep(self.step, self.position, batch, parts, masked, share, losses, rate, where)
+        kept = keep_evidence(self.run_folder, finding, seen, self.model, self.recorder, self.dataset.tokenizer)
+        stops = finding.decision == "stopped"
+        with suppress(Exception) if stops else nullcontext():  # what is told is why the run stops, not a full disk
+            self._emit("unstable", **finding.facts(where), **kept)
+        if stops and where is not None and finding.rule == "stop":
+            raise nonfinite.NonFinite(self.step, where)
+        if stops:
+            raise stopped(self.step, finding, where)
+
     def _accumulate(self, batch: Batch, share: Share, backward: bool = True) -> list[Losses]:
         """Forward and backward of every micro-batch; gradients add up in the parameters."""
         masked = not self.recipe.data.cross_document_attention
         losses = []
-        for part in batch.split(self.recipe.training.micro_batch_size):
-            part = part.to(self.device)
+        for part in self._parts(batch):
             one = training_loss(self.model, part, part.document_ids if masked else None, share)
             if backward:
                 one.total.backward()
             losses.append(one)
         return losses
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """The micro-batches, each brought to the device when it is asked for."""
+        return (part.to(self.device) for part in batch.split(self.recipe.training.micro_batch_size))
 
     def _record(
         self,
@@ -311,6 +347,7 @@ class Trainer:
             "seconds": self.seconds,
             "event_offset": self._events.offset,
             "data": self.dataset.facts["digest"],
+            "stability": self.stability.facts(),
         }
         tokenizer = self.dataset.tokenizer.to_json()
         checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.ema, tokenizer, facts)

@@ -46,7 +46,7 @@ def curve_error(
     elif len(own) < FEWEST_CONTROLS:
         reason = f"{len(own)} finished control run{'s' if len(own) != 1 else ''}, fewer than {FEWEST_CONTROLS}"
     elif not all(step in fp8 and step in bf16 for window in windows(steps) for step in window):
-        reason = "a run ended early, and has no loss for some steps of the last half"
+        reason = "a run ended early or met a step that is not finite, and has no loss for some steps of the last half"
     elif max(own) >= CONTROL_BAR:
         reason = f"a control run differs from its twin by {max(own):.3%}, not below {CONTROL_BAR:.3%}"
     return CurveError(figure, reason, own)

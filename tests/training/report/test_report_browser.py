@@ -9,7 +9,7 @@ import pytest
 
 from tessera.training.report import write_report
 from tests.training.report.browser import needs_chromium, render
-from tests.training.report.example_runs import Shape, comparison, event, run, write_events
+from tests.training.report.example_runs import Shape, comparison, event, events, run, write_events
 
 pytestmark = needs_chromium
 SHAPE = Shape(steps=200, layers=3, experts=8)
@@ -193,3 +193,16 @@ def test_odd_runs_are_drawn_without_an_error(tmp_path: Path, case: str) -> None:
     assert rendered.console == [] and 'data-drawn="yes"' in rendered.dom
     if case not in ("empty", "nulls"):
         assert rendered.drawn()["chart-loss"] > 0
+
+
+def test_unstable_steps_are_marked_on_the_curve_and_in_its_legend(tmp_path: Path) -> None:
+    folder = run(tmp_path / "mine", SHAPE)
+    calm = render(write_report(folder), tmp_path).drawn()["chart-loss"]
+    lines = events(SHAPE)
+    next(line for line in lines if line["kind"] == "step" and line["step"] == 90)["lm_loss"] = None
+    marked = [event("unstable", step, reason="a spike", decision="skipped") for step in (40, 90)]
+    write_events(folder, [*lines, *marked])
+    rendered = render(write_report(folder), tmp_path)
+    assert rendered.console == [] and "not finite or a spike" in rendered.dom
+    # Two marks more, of which one stands on the step before; and one step less in each of the two lines of the loss.
+    assert int(rendered.drawn()["chart-loss"]) == int(calm) + 2 - 2

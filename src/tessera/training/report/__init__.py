@@ -1,9 +1,9 @@
 """report.html: what a run or a comparison found, as one page that works offline.
 
 In reading order: `folder` (which files there are), `history` (the events of a run as plain numbers), `curves`,
-`loads`, `health` (what is drawn, thinned to a size a page can hold), `headline` (the verdict in words), `contents`
-(everything the page says), `page` (HTML). The page itself is page.html, style.css and the .js files, drawn with
-uPlot (vendor/, MIT). Nothing here needs torch: the events are the only source, so a report can be made again at
+`loads`, `health`, `unstable` (what is drawn, thinned to a size a page can hold), `headline` (the verdict in words),
+`contents` (everything the page says), `page` (HTML). The page itself is page.html, style.css and the .js files, drawn
+with uPlot (vendor/, MIT). Nothing here needs torch: the events are the only source, so a report can be made again at
 any time, also of a run that is still going on.
 """
 

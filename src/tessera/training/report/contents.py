@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tessera.training.report import health, loads, wording
+from tessera.training.report import health, loads, unstable, wording
 from tessera.training.report.curves import Axis, axis, compact, differences, series
 from tessera.training.report.folder import REFERENCE, Arm, Source
 from tessera.training.report.headline import headline
@@ -54,6 +54,7 @@ def _arm_data(arm: Arm, shared: Axis, measured: int, trained: int) -> dict[str, 
         "label": arm_label(arm.name),
         "control": arm.is_control,
         "series": series(history, shared),
+        "unstable": unstable.marks(arm),
         "validation": {
             "steps": list(history.validations),
             "loss": compact(history.validation("loss")),
@@ -95,6 +96,7 @@ def page(source: Source) -> dict[str, Any]:
         "facts": list(_facts(source)),
         "notes": list(dict.fromkeys([*_notes(source), *(note for history in histories for note in history.notes)])),
         "memory": memory_bars(source.recipe),
+        "unstable": unstable.table(source),
         "ablations": _ablations(source),
         "sample": _sample(source),
         "recipe": source.recipe,

@@ -47,6 +47,11 @@ function drawLoss() {
     series.push({ label, values: atNearestStep(arm.validation), colour: armColour(arm), dots: arm.name === "bf16" ? 9 : 6,
       order: 100 + trained.indexOf(arm) });
   }
+  for (const arm of twinFirst([...trained, ...controls])) {
+    if (!arm.unstable.length || !arm.series.lm_loss) continue;
+    const label = `${report.arms.length > 1 ? `${arm.label} ` : ""}not finite or a spike`;
+    series.push({ label, values: marked(arm), colour: "bad", dots: 8, order: 300 + report.arms.indexOf(arm) });
+  }
   lineChart(host, { x: report.steps, series, bands, height: 330, format: (v) => fixed(v, 3), axisFormat: (v) => significant(v, 4),
     axis: !report.differences, range: padded });
   const note = byId("thinning-note");
@@ -55,14 +60,28 @@ function drawLoss() {
     " (of the gradient norm the largest); without smoothing, the tint spans their smallest and largest loss.";
 }
 
+function nearest(step) {
+  let at = report.steps.findIndex((known) => known >= step);
+  if (at < 0) at = report.steps.length - 1;
+  return at > 0 && step - report.steps[at - 1] < report.steps[at] - step ? at - 1 : at;
+}
+
 function atNearestStep({ steps, loss }) {
   const values = report.steps.map(() => null);
   steps.forEach((step, i) => {
-    let at = report.steps.findIndex((known) => known >= step);
-    if (at < 0) at = report.steps.length - 1;
-    if (at > 0 && step - report.steps[at - 1] < report.steps[at] - step) at -= 1;
+    const at = nearest(step);
     if (at >= 0 && isNumber(loss[i])) values[at] = loss[i];
   });
+  return values;
+}
+
+/* Where a step's loss is not finite, its mark stands on the latest one before it that is. */
+function marked(arm) {
+  const values = report.steps.map(() => null), loss = arm.series.lm_loss_high ?? arm.series.lm_loss;
+  for (const step of arm.unstable) {
+    const at = nearest(step), shown = loss.slice(0, at + 1).findLastIndex(isNumber);
+    if (shown >= 0) values[at] = loss[shown];
+  }
   return values;
 }
 

@@ -49,7 +49,8 @@ class Health:
 class History:
     """Tables are keyed by step, ascending; `baselines` is bits per byte by name; None was never written.
 
-    A step's own figures stand at its number from 0; validations at the number of steps done before them.
+    `unstable` are the events of steps that were not finite, or spikes. A step's own figures stand at its number from
+    0; validations at the number of steps done before them.
     """
 
     start: Event | None = None
@@ -65,6 +66,7 @@ class History:
     loads: dict[int, Load] = field(default_factory=dict)
     health: dict[int, Health] = field(default_factory=dict)
     validations: dict[int, Event] = field(default_factory=dict)
+    unstable: dict[int, Event] = field(default_factory=dict)
 
     def column(self, name: str) -> Array:
         """One of STEP_FIELDS over the steps."""
@@ -120,7 +122,7 @@ def read(events: Iterable[Event]) -> History:
             history.sample = event
         elif kind == "end":
             history.end = event
-    for kind in ("steps", "loads", "health", "validations"):
+    for kind in ("steps", "loads", "health", "validations", "unstable"):
         setattr(history, kind, dict(sorted(getattr(history, kind).items())))
     return history
 
@@ -149,13 +151,14 @@ def _table(history: History, kind: Any) -> dict[int, Any] | None:
         "load": history.loads,
         "health": history.health,
         "validation": history.validations,
+        "unstable": history.unstable,
     }
     return tables.get(kind)
 
 
 def _forget_after(history: History, step: int) -> None:
     # What was measured at the checkpoint itself stays: it is not measured again.
-    for table in (history.steps, history.loads, history.health, history.validations):
+    for table in (history.steps, history.loads, history.health, history.validations, history.unstable):
         for later in [known for known in table if known > step]:
             del table[later]
 
