@@ -4,10 +4,10 @@
 
 Systems: tessera with every switch on, with one off, with all off; the same number of layers in plain PyTorch (BF16)
 and of transformers' (BF16), where it is installed. Bytes are counted with autograd's hooks. Times are CPU time of one
-forward and backward pass on one thread, medians of interleaved passes. Peak memory is that of a process of its own: the
-highest resident size during passes less the size before them, on --peak-sequences sequences; once with an allocator
-that gives freed memory back at once (glibc's MALLOC_MMAP_THRESHOLD_ at 1 MiB), once as a process is by default, where
-the heap keeps a varying part of it.
+forward and backward pass on one thread: the median ratio of pairs, each system in turn with "all on" beside it. Peak
+memory is that of a process of its own: the highest resident size during passes less the size before them, on
+--peak-sequences sequences; once with an allocator that gives freed memory back at once (glibc's MALLOC_MMAP_THRESHOLD_
+at 1 MiB), once as a process is by default, where the heap keeps a varying part of it.
 """
 
 import argparse
@@ -77,19 +77,24 @@ class Step:
 def switches(recipe, rounds: int, sequences: int, checkpoint: Path | None) -> list[dict]:
     """One row a system: bytes a token, seconds, and how far its gradient is from that with every switch on."""
     steps = {name: Step(recipe, keep, sequences, checkpoint) for name, keep in keeps().items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    base = steps["all on"]
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        order = list(steps) if number % 2 else list(steps)[::-1]
-        for name in order:
-            seconds[name].append(steps[name].run())
+        for name, step in steps.items():
+            both = base.run, step.run
+            pair = (both[0](), both[1]()) if number % 2 else (both[1](), both[0]())[::-1]
+            seconds[name].append(pair)
         print(f"round {number} of {rounds}", file=sys.stderr)
     reference, tokens = steps["all on"].gradient(), sequences * recipe.data.sequence_length
     rows = []
     for name, step in steps.items():
         step.run()
         away = float((step.gradient() - reference).norm() / reference.norm())
-        middle = statistics.median(seconds[name][1:])
-        rows.append({"system": name, "bytes_per_token": step.saved() / tokens, "cpu_s": middle, "gradient_away": away})
+        pairs = seconds[name][1:]
+        ratio = statistics.median(own / on for on, own in pairs)
+        middle = statistics.median(own for _, own in pairs)
+        found = {"bytes_per_token": step.saved() / tokens, "cpu_s": middle, "cpu_ratio": ratio, "gradient_away": away}
+        rows.append({"system": name} | found)
     return rows
 
 
@@ -142,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--peak-sequences", type=int, default=32)
     parser.add_argument("--checkpoint", type=Path, help="trained weights for the effect on the gradient")
@@ -155,10 +160,9 @@ def main() -> None:
         print(peak(options.peak, recipe, options.peak_sequences))
         return
     rows = switches(recipe, options.rounds, options.sequences, options.checkpoint)
-    on = rows[0]
     print(f"{'system':36} {'bytes a token':>13} {'CPU s':>7} {'against on':>10} {'gradient away':>13}")
     for row in rows:
-        ratio = row["cpu_s"] / on["cpu_s"] - 1
+        ratio = row["cpu_ratio"] - 1
         print(
             f"{row['system']:36} {row['bytes_per_token']:13,.0f} {row['cpu_s']:7.3f} {ratio:+10.1%} "
             f"{row['gradient_away']:13.3%}"

@@ -206,3 +206,19 @@ def test_unstable_steps_are_marked_on_the_curve_and_in_its_legend(tmp_path: Path
     assert rendered.console == [] and "not finite or a spike" in rendered.dom
     # Two marks more, of which one stands on the step before; and one step less in each of the two lines of the loss.
     assert int(rendered.drawn()["chart-loss"]) == int(calm) + 2 - 2
+
+
+def test_averaged_weights_have_a_line_and_a_bar_of_their_own(tmp_path: Path) -> None:
+    folder = run(tmp_path / "mine", SHAPE)
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "validation":
+            line["ema_bits_per_byte"] = line["bits_per_byte"] - 0.1
+    last = next(line for line in reversed(lines) if line["kind"] == "validation")
+    write_events(folder, lines)
+    found = answers(write_report(folder), tmp_path, """
+      const words = (selector) => [...document.querySelectorAll(selector)].map((node) => node.textContent);
+      return { legend: words("#learning figure"), bars: words("#learning .bars tr") };
+    """)  # fmt: skip
+    assert any("FP8, averaged weights" in text for text in found["legend"][1:])
+    assert any("averaged weights" in text and f"{last['ema_bits_per_byte']:.3f}" in text for text in found["bars"])

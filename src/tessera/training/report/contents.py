@@ -59,6 +59,7 @@ def _arm_data(arm: Arm, shared: Axis, measured: int, trained: int) -> dict[str, 
             "steps": list(history.validations),
             "loss": compact(history.validation("loss")),
             "bits_per_byte": compact(history.validation("bits_per_byte")),
+            "ema_bits_per_byte": compact(history.validation("ema_bits_per_byte")),
             "mtp_acceptance": [
                 compact([number(row[depth]) if depth < len(row) else nan for row in acceptance])
                 for depth in range(depths)
@@ -165,6 +166,8 @@ def _learning(source: Source) -> dict[str, Any] | None:
             f"({fixed(bigram, 3)}). It has not learned more than which token follows which."
         )
     rows = [(arm_label(arm.name), bits, arm.name) for arm, bits in scored]
+    averages = [(arm, arm.history.final_validation("ema_bits_per_byte")) for arm, _ in scored]
+    rows += [(f"{arm_label(arm.name)}, averaged weights", bits, arm.name) for arm, bits in averages if isfinite(bits)]
     if isfinite(bigram):
         rows.append(("Witten-Bell bigram", bigram, "bigram"))
     largest = max(value for _, value, _ in rows)

@@ -141,8 +141,14 @@ function drawBits() {
   if (!host) return;
   const arms = twinFirst(trained).filter((arm) => arm.validation.bits_per_byte.some(isNumber));
   if (!arms.length) return host.replaceChildren(element("p", { className: "empty", textContent: "No validation was recorded." }));
-  const { x, columns } = joined(arms.map(({ validation: v }) => ({ steps: v.steps, values: v.bits_per_byte })));
+  const averaged = arms.filter((arm) => arm.validation.ema_bits_per_byte.some(isNumber));
+  const { x, columns } = joined([
+    ...arms.map(({ validation: v }) => ({ steps: v.steps, values: v.bits_per_byte })),
+    ...averaged.map(({ validation: v }) => ({ steps: v.steps, values: v.ema_bits_per_byte })),
+  ]);
   const series = arms.map((arm, i) => ({ label: arm.label, values: columns[i], ...armLook(arm), span: true }));
+  for (const [i, arm] of averaged.entries())
+    series.push({ label: `${arm.label}, averaged weights`, values: columns[arms.length + i], ...armLook(arm), dash: [5, 3], span: true });
   const guides = isNumber(report.bigram) ? [{ value: report.bigram, text: "Witten-Bell bigram" }] : [];
   lineChart(host, { x, series, guides, height: 190, format: (v) => fixed(v, 3), axisFormat: (v) => significant(v, 4),
     range: (min, max) => padded(min, max, report.bigram) });
