@@ -44,9 +44,11 @@ learning_rate = 3e-3
 steps = 4
 validation_interval = 2
 validation_batches = 2
-checkpoint_interval = 0
 health_interval = 4
 load_interval = 2
+
+[checkpoint]
+interval = 0
 """
 
 

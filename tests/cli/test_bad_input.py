@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tessera.store.checkpoint_path import TENSORS
 from tests.cli.conftest import Answer, tessera, write_text
 
 # (what is set, what the message must say); {folder} holds the texts that `texts` makes
@@ -179,10 +180,10 @@ def test_a_folder_that_is_no_run_is_named_with_what_would_be(words: list[str], r
 def test_a_damaged_checkpoint_is_not_used(run: Path, recipe: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
-    weights = broken / "checkpoints" / "step-4" / "model.safetensors"
+    weights = broken / "checkpoints" / "step-4" / "model" / TENSORS
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    assert_refused(tessera("sample", broken), "model.safetensors")
-    assert_refused(tessera("train", recipe, "--from", broken, "--out", tmp_path / "out"), "model.safetensors")
+    assert_refused(tessera("sample", broken), f"model/{TENSORS}")
+    assert_refused(tessera("train", recipe, "--from", broken, "--out", tmp_path / "out"), f"model/{TENSORS}")
     assert not (tmp_path / "out").exists()

@@ -1,15 +1,24 @@
 """tessera train: what it shows, how it stops, and that going on gives the run that was never stopped."""
 
+import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from tessera.cli import board
 from tessera.store import RunFolder, read_events
+from tessera.store.checkpoint_path import TENSORS, read_state_file
+from tessera.store.files import unwritable
+from tessera.training import checkpoint
 from tessera.training.trainer import Trainer
 from tests.cli.conftest import Answer, tessera, write_text
 
@@ -39,8 +48,10 @@ def losses(run: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in read_events(run / "events.jsonl", "step")}
 
 
-def weights(run: Path, step: int) -> bytes:
-    return (run / "checkpoints" / f"step-{step}" / "model.safetensors").read_bytes()
+def weights(run: Path, step: int) -> dict[str, list[Any]]:
+    """The file's own bytes differ: the library writes its header's notes in any order."""
+    tensors = load_file(run / "checkpoints" / f"step-{step}" / "model" / TENSORS)
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
 def test_a_run_tells_its_losses_and_where_things_are(recipe: Path, tmp_path: Path) -> None:
@@ -94,7 +105,7 @@ def test_a_second_ctrl_c_tells_the_way_on_that_there_is(
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", step)
     run = tmp_path / "run"
-    settings = ["--set", f"training.checkpoint_interval={kept}", "--set", "training.steps=4"]
+    settings = ["--set", f"checkpoint.interval={kept}", "--set", "training.steps=4"]
     answer = tessera("train", recipe, *settings, "--out", run)
     assert answer.code == 130 and answer.out == "" and "stopped at once" in answer.err
     assert (f"go on from step 2 with:\n  tessera train --resume {run}" in answer.err) == (kept == 2)
@@ -137,7 +148,7 @@ def test_a_new_stage_takes_weights_and_tokenizer_with_another_length_and_text(
     assert answer.code == 0, answer.err
     checkpoint = stage / "checkpoints" / "step-2"
     first = run / "checkpoints" / "step-4"
-    assert (checkpoint / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert weights(stage, 2) == weights(run, 4)
     assert (checkpoint / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     assert RunFolder.open(stage).recipe().data.sequence_length == 24
     assert {event["tokens"] for event in read_events(stage / "events.jsonl", "step")} == {4 * 24, 8 * 24}
@@ -172,10 +183,160 @@ def test_a_step_that_is_not_finite_ends_the_run_and_names_where(recipe: Path, tm
 def test_an_estimate_beyond_the_time_limit_is_said_and_steps_are_not_cut(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tessera.cli import board
-
     monkeypatch.setattr(board, "FIRST_ESTIMATE", 0.0)
     sets: list[Any] = ["--set", "training.time_limit_minutes=0.0001", "--set", "training.steps=6"]
     answer = tessera("train", recipe, *sets, "--out", tmp_path / "run")
     assert answer.code == 0 and "6 steps" in answer.out
     assert answer.err.count("training.time_limit_minutes = 0.0001") == 1
+
+
+LONGER = ["--set", "training.steps=6", "--set", "checkpoint.interval=2"]
+
+
+@pytest.fixture(scope="module")
+def kept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints at steps 2, 4 and 6; not to be changed."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    assert tessera("train", recipe, *LONGER, "--out", folder).code == 0
+    return folder
+
+
+def damaged(run: Path, step: int) -> Path:
+    path = run / "checkpoints" / f"step-{step}" / "optimizer" / TENSORS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def interrupted(kept: Path, folder: Path) -> Path:
+    """A copy of the run as it stood after step 4."""
+    shutil.copytree(kept, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-6")
+    RunFolder.open(folder).set_state("interrupted", 4)
+    return folder
+
+
+def test_a_damaged_checkpoint_is_named_with_the_command_that_goes_on_from_the_one_before(
+    kept: Path, tmp_path: Path
+) -> None:
+    run = interrupted(kept, tmp_path / "run")
+    file = damaged(run, 4)
+    answer = tessera("train", "--resume", run)
+    assert answer.code == 2 and f"{file}: has another SHA-256" in answer.err and "Traceback" not in answer.err
+    command = f"tessera train --resume {run}/checkpoints/step-2"
+    assert answer.err.rstrip().endswith(f"go on from the checkpoint of step 2 with:\n  {command}")
+    again = tessera(*command.split()[1:])
+    assert again.code == 0 and "finished   6 steps" in again.out
+    assert losses(run) == losses(kept) and weights(run, 6) == weights(kept, 6) and weights(run, 4) == weights(kept, 4)
+
+
+@pytest.mark.parametrize(
+    "form", ["{run}/checkpoints/step-2/", "{run}/checkpoints/step-2", "checkpoints/step-2", "step-2"]
+)
+def test_a_finished_run_goes_on_from_an_earlier_checkpoint_however_it_is_named(
+    form: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kept, run)
+    monkeypatch.chdir(run / "checkpoints" if form == "step-2" else run)
+    answer = tessera("train", "--resume", form.format(run=run))
+    assert answer.code == 0, answer.err
+    assert losses(run) == losses(kept) and weights(run, 6) == weights(kept, 6)
+    assert [step for step, _ in RunFolder.open(run).checkpoints()] == [2, 4, 6]
+    start = [*read_events(run / "events.jsonl", "start")][-1]
+    assert start["resumed"] and start["step"] == 2
+
+
+def test_a_run_that_was_taken_back_and_stopped_goes_on_from_where_its_events_are(kept: Path, tmp_path: Path) -> None:
+    """Steps 4 and 6 are still there of its first course; the events know of step 2 only."""
+    run = tmp_path / "run"
+    shutil.copytree(kept, run)
+    RunFolder.open(run).set_state("interrupted", 2)
+    offset = read_state_file(run / "checkpoints" / "step-2")["event_offset"]
+    os.truncate(run / "events.jsonl", offset)
+    answer = tessera("train", "--resume", run)
+    assert answer.code == 0, answer.err
+    assert [*read_events(run / "events.jsonl", "start")][-1]["step"] == 2
+    assert losses(run) == losses(kept) and weights(run, 6) == weights(kept, 6)
+
+
+def test_a_checkpoint_that_is_not_there_and_the_last_one_of_a_finished_run_are_refused(kept: Path) -> None:
+    answer = tessera("train", "--resume", kept / "checkpoints" / "step-3")
+    assert answer.code == 2 and "no complete checkpoint; there is step-2, step-4, step-6" in answer.err
+    answer = tessera("train", "--resume", kept / "checkpoints" / "step-6")
+    assert answer.code == 2 and "finished at step 6" in answer.err
+
+
+def test_an_error_in_training_ends_with_the_way_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *_: Any) -> None:
+        if "step-4" in folder.parent.name:
+            raise unwritable(folder, OSError(errno.ENOSPC, "No space left on device"))
+        original(folder, *_)
+
+    original = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    answer = tessera("train", recipe, *LONGER, "--out", tmp_path / "run")
+    assert answer.code == 2 and "No space left on device; free some space" in answer.err
+    assert f"go on from step 2 with:\n  tessera train --resume {tmp_path}/run" in answer.err
+
+
+@pytest.mark.parametrize(("on_failed_write", "code"), [("stop", 2), ("go_on", 0)])
+@pytest.mark.parametrize("json", [False, True])
+def test_a_report_that_the_disk_refuses_costs_no_figure_of_the_run(
+    on_failed_write: str, code: int, json: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise unwritable(folder / "report.html", OSError(errno.ENOSPC, "No space left on device"))
+
+    run = tmp_path / "run"
+    sets = ["--set", "training.steps=2", "--set", f"checkpoint.on_failed_write={on_failed_write}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tessera.training.report.write_report", full)
+        answer = tessera("train", recipe, *sets, "--out", run, *(["--json"] if json else []))
+    assert answer.code == code
+    assert "report.html: cannot be written: No space left on device" in answer.err
+    assert f"`tessera report {run}`" in answer.err
+    assert answer.json["report"] is None if json else "finished   2 steps" in answer.out
+    assert RunFolder.open(run).state()["state"] == "finished"
+    assert tessera("report", run).code == 0
+
+
+def test_a_refused_save_is_told_on_the_screen_where_the_run_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *_: Any) -> None:
+        if "step-2" in folder.parent.name:
+            raise unwritable(folder, OSError(errno.ENOSPC, "No space left on device"))
+        original(folder, *_)
+
+    original = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    sets = [*LONGER, "--set", "checkpoint.on_failed_write=go_on"]
+    answer = tessera("train", recipe, *sets, "--out", tmp_path / "run")
+    assert answer.code == 0
+    assert answer.err.count("No space left on device; free some space; training goes on without it") == 1
+    report = tessera("report", tmp_path / "run")
+    assert report.code == 0
+
+
+def test_a_clock_that_jumps_back_changes_no_loss_no_speed_and_no_estimate(
+    recipe: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(board, "LINE_EVERY", 0.0)
+    run = tmp_path / "run"
+    answer = tessera("train", recipe, *LONGER, "--out", run)
+    assert answer.code == 0, answer.err
+    times = [event["time"] for event in read_events(run / "events.jsonl")]
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]
+    assert losses(run) == losses(kept) and weights(run, 6) == weights(kept, 6)
+    steps = [*read_events(run / "events.jsonl", "step")]
+    assert all(event["tokens_per_s"] > 0 for event in steps)
+    left = re.findall(r"step +\d/6 .* (\S+) left", answer.err)
+    assert len(left) == 6 and all(re.fullmatch(r"0:\d\d", one) for one in left)
+    (end,) = read_events(run / "events.jsonl", "end")
+    assert 0 < end["seconds"] < 600 and "report     " in answer.out

@@ -28,7 +28,7 @@ def test_every_key_of_every_section_has_a_row_with_a_meaning() -> None:
                 assert f"| `{name}` |" in document()
             elif inner is not Segment:
                 tables.append(inner)
-    assert len(tables) == 10
+    assert len(tables) == 11
 
 
 def test_every_row_of_the_page_has_its_four_cells() -> None:

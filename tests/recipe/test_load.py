@@ -65,7 +65,15 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(file: Path) -> None:
         (
             "zzz=3",
             "zzz = 3: unknown key; allowed here: schema, name, model, numerics, memory, data, optimizer, training, "
-            "stability",
+            "checkpoint, stability",
+        ),
+        (
+            "training.checkpoint_interval=3",
+            "training.checkpoint_interval = 3: unknown key; did you mean checkpoint.interval?",
+        ),
+        (
+            "training.keep_checkpoints=3",
+            "training.keep_checkpoints = 3: unknown key; did you mean checkpoint.keep_latest?",
         ),
         (
             "optimizer.learning_rate=[{shape='linear', steps=3, to=1, form=2}]",

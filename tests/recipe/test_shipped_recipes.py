@@ -56,7 +56,7 @@ def test_tiny_is_the_measured_plan_of_the_main_job() -> None:
     assert recipe.data.source == "python-stdlib"
     assert recipe.training.time_limit_minutes == 8
     assert recipe.optimizer.learning_rate.at(0) == 0
-    assert all(recipe.training.steps * share % (4 * recipe.training.checkpoint_interval) == 0 for share in (1, 2, 3, 4))
+    assert all(recipe.training.steps * share % (4 * recipe.checkpoint.interval) == 0 for share in (1, 2, 3, 4))
 
 
 def test_deepseek_v3_follows_the_reports_counts_of_tokens() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from tessera.recipe import UserError
 from tessera.store import RunFolder, find_checkpoint, write_manifest
+from tessera.store.checkpoint_path import TENSORS
 
 from .test_run_folder import RECIPE
 
@@ -14,8 +15,8 @@ def run_with_checkpoints(path: Path, *steps: int) -> RunFolder:
     run = RunFolder.create(path, RECIPE)
     for step in steps:
         folder = run.checkpoint_path(step)
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"x")
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / TENSORS).write_bytes(b"x")
         write_manifest(folder)
     return run
 

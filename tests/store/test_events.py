@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tessera.recipe import UserError
 from tessera.store import EventWriter, read_events
+from tessera.store.events import event_before
 
 
 @pytest.fixture
@@ -319,3 +320,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         EventWriter(tmp_path / "absent" / "events.jsonl", "tiny")
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         EventWriter(tmp_path, "tiny")
+
+
+def test_the_event_that_ends_at_an_offset_is_found_and_nothing_where_no_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert event_before(path, 0) is None
+    ends = []
+    with EventWriter(path, "tiny") as writer:
+        for step in range(5):
+            writer.write("step" if step % 2 else "checkpoint", step, text="x" * 3000)
+            ends.append(writer.offset)
+    for offset in range(ends[-1] + 10):
+        found = event_before(path, offset)
+        if offset in ends:
+            assert found is not None and found["step"] == ends.index(offset)
+        else:
+            assert found is None

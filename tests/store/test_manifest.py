@@ -91,11 +91,16 @@ def test_a_folder_without_manifest_does_not_verify(tmp_path: Path) -> None:
         ("[]", "must hold a JSON object, not list"),
         ("{}", "schema = None: must be an integer"),
         ('{"schema": 2, "files": {}}', "schema = 2: this tessera reads up to schema 1; upgrade"),
+        ('{"schema": 0, "files": {}}', "schema = 0: there is no such version"),
+        ("[" * 100_000, "nested too deeply"),
+        (" " * 2**20 + "{}", "has 1048578 bytes; such a file has 1048576 at most"),
+        ('{"schema": 1, "files": {"a": {"bytes": 0, "sha256": ""}, "a": {}}}', "stands in an object twice"),
         ('{"schema": 1}', "must list files"),
         ('{"schema": 1, "files": {"a": 3}}', '"a" must have bytes and sha256'),
         ('{"schema": 1, "files": {"a": {"bytes": true, "sha256": ""}}}', '"a" must have bytes and sha256'),
         ('{"schema": 1, "files": {"../a": {"bytes": 0, "sha256": ""}}}', "is no file of the folder"),
         ('{"schema": 1, "files": {"/etc/passwd": {"bytes": 0, "sha256": ""}}}', "is no file of the folder"),
+        ('{"schema": 1, "files": {"\\ud800": {"bytes": 0, "sha256": ""}}}', "is no file of the folder"),
         ('{"schema": 1, "files": {"a\\u0000b": {"bytes": 0, "sha256": ""}}}', "is no file of the folder"),
     ],
 )
@@ -138,3 +143,26 @@ def test_a_disk_that_fails_before_the_rename_publishes_nothing(tmp_path: Path, m
 def test_a_folder_that_does_not_exist_gets_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent"):
         write_manifest(tmp_path / "absent")
+
+
+def test_a_file_that_the_reader_needs_must_be_listed(folder: Path) -> None:
+    verify_manifest(folder, ["model.safetensors", "optimizer/0.safetensors"])
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json: does not list state\.json"):
+        verify_manifest(folder, ["model.safetensors", "state.json"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer", "manifest.json"])
+def test_a_link_is_refused_even_where_it_leads_to_the_true_bytes(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=rf"{name}: is a symbolic link, which is not followed here"):
+        verify_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name}: is no regular file"):
+        verify_manifest(folder)

@@ -193,3 +193,47 @@ def test_a_run_whose_checkpoints_were_deleted_has_none(run: RunFolder) -> None:
     run.checkpoints_path.rmdir()
     assert run.checkpoints() == []
     assert run.latest_checkpoint() is None
+
+
+def test_of_two_checkpoints_of_a_step_the_new_one_counts_until_it_has_its_name(run: RunFolder) -> None:
+    old, new = checkpoint(run, "step-4"), checkpoint(run, "step-4.new")
+    (new / "which").write_text("the new one")
+    checkpoint(run, "step-3")
+    assert run.checkpoints() == [(3, run.checkpoint_path(3)), (4, new)]
+    run.settle()
+    assert run.checkpoints() == [(3, run.checkpoint_path(3)), (4, old)]
+    assert (old / "which").read_text() == "the new one"
+    assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["step-3", "step-4"]
+
+
+def test_a_new_one_without_an_old_one_gets_its_name_too(run: RunFolder) -> None:
+    checkpoint(run, "step-4.new")
+    checkpoint(run, "step-4.old.partial")  # killed between the two renames
+    run.settle()
+    assert [path.name for path in run.checkpoints_path.iterdir()] == ["step-4"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(run: RunFolder) -> None:
+    for name in ("step-2.partial", "step-4.old.partial", "step-6.new.partial"):
+        checkpoint(run, name, complete=False)
+    kept = [checkpoint(run, "step-8"), checkpoint(run, "step-9", complete=False), checkpoint(run, "mine.partial")]
+    (run.path / f".{'0' * 16}.partial").write_text("half")
+    (run.path / ".notes.partial").write_text("precious")
+    run.settle()
+    assert sorted(run.checkpoints_path.iterdir()) == sorted(kept)
+    assert [path.name for path in run.path.glob(".*")] == [".notes.partial"]
+
+
+def test_a_disk_that_refuses_the_new_name_is_told_and_both_stay(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(run, "step-4")
+    new = checkpoint(run, "step-4.new")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match="step-4: cannot be removed: Read-only file system"):
+        run.settle()
+    assert run.checkpoints() == [(4, new)]

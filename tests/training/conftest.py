@@ -9,6 +9,8 @@ import pytest
 
 from tessera.data import Dataset, prepare
 from tessera.recipe import Recipe
+from tessera.store import RunFolder
+from tessera.training.trainer import Trainer
 
 MODEL: dict[str, Any] = {
     "vocab_size": 320,
@@ -46,10 +48,10 @@ def make_recipe(folder: Path, changes: dict[str, dict[str, Any]]) -> Recipe:
             "steps": 6,
             "validation_interval": 3,
             "validation_batches": 2,
-            "checkpoint_interval": 2,
             "health_interval": 4,
             "load_interval": 2,
         },
+        "checkpoint": {"interval": 2},
     }
     for section, values in changes.items():
         sections.setdefault(section, {}).update(values)
@@ -72,6 +74,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_with(corpus: Path) -> Callable[..., Recipe]:
     """recipe_with(training={"steps": 9}, ...): the small recipe with some keys changed."""
     return lambda **changes: make_recipe(corpus, changes)
+
+
+def dies_after(step: int) -> Callable[[dict[str, Any]], None]:
+    """An observer that ends the run in the middle of what follows the training step `step` (counted from 0)."""
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == step:
+            raise RuntimeError("the machine dies")
+
+    return observe
+
+
+def broken_at_step_4(recipe: Recipe, folder: Path, dataset: Dataset) -> tuple[RunFolder, Path]:
+    """A new run that dies after the checkpoint of step 4: its folder, and that checkpoint, which is the latest."""
+    trainer = Trainer(recipe, RunFolder.create(folder, recipe), dataset, observer=dies_after(4))
+    with pytest.raises(RuntimeError, match="the machine dies"):
+        trainer.run()
+    run = RunFolder.open(folder)
+    latest = run.latest_checkpoint()
+    assert latest is not None and latest[0] == 4
+    return run, latest[1]
 
 
 @pytest.fixture

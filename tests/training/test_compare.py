@@ -39,7 +39,7 @@ def test_arms_differ_from_the_recipe_in_their_numerics_only(recipe_with: Callabl
 def test_a_comparison_gives_every_figure_of_the_verdict_and_is_done_once(
     recipe_with: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = recipe_with(training={"steps": 8, "checkpoint_interval": 0, "keep_checkpoints": 1})
+    recipe = recipe_with(training={"steps": 8}, checkpoint={"interval": 0, "keep_latest": 1})
     comparison = compare.create(tmp_path / "out", recipe, ["fp8", "bf16"], 1, ["toward-zero"], False)
     comparison.dataset()
     heard: list[str] = []

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from tessera.recipe import Recipe, UserError
 from tessera.store import RunFolder, read_events
 from tessera.training.ema import Ema
 from tessera.training.trainer import Trainer
+from tests.training.conftest import broken_at_step_4
 from tests.training.test_trainer import assert_same, state, trained
 
 RecipeWith = Callable[..., Recipe]
@@ -109,7 +109,7 @@ def test_training_is_the_same_with_and_without_averages(
     assert_same(state(one), state(two))
     losses = [[e["loss"] for e in read_events(t.run_folder.events_path, "step")] for t in (one, two)]
     assert losses[0] == losses[1]
-    assert not (one.run_folder.checkpoint_path(6) / "ema.safetensors").exists()
+    assert not (one.run_folder.checkpoint_path(6) / "ema").exists()
 
 
 def test_resuming_gives_the_averages_of_the_unbroken_run(
@@ -118,17 +118,8 @@ def test_resuming_gives_the_averages_of_the_unbroken_run(
     recipe = recipe_with(training={"ema_decay": DECAY})
     dataset = dataset_of(recipe)
     whole = trained(recipe, tmp_path / "whole", dataset)
-    first = Trainer(recipe, RunFolder.create(tmp_path / "broken", recipe), dataset)
-
-    def dies(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 4:
-            raise RuntimeError("the machine dies")
-
-    first.observer = dies
-    with pytest.raises(RuntimeError, match="dies"):
-        first.run()
-    run = RunFolder.open(tmp_path / "broken")
-    second = Trainer.resume(run, dataset, run.checkpoint_path(4))
+    run, latest = broken_at_step_4(recipe, tmp_path / "broken", dataset)
+    second = Trainer.resume(run, dataset, latest)
     second.run()
     assert_same(averages(whole), averages(second))
     assert_same(state(whole), state(second))
@@ -195,5 +186,5 @@ def test_a_checkpoint_without_averages_is_refused_where_the_recipe_keeps_them(
     trained(plain, tmp_path / "run", dataset)
     run = RunFolder.open(tmp_path / "run")
     run.recipe_path.write_text(recipe_with(training={"steps": 4, "ema_decay": DECAY}).to_toml())
-    with pytest.raises(UserError, match=r"ema\.safetensors"):
+    with pytest.raises(UserError, match=r"manifest\.json: does not list ema/"):
         Trainer.resume(run, dataset, run.checkpoint_path(2))

@@ -104,9 +104,9 @@ def moving_recipe(recipe_with: RecipeWith, *, cross_document_attention: bool) ->
                 {"shape": "constant", "steps": 3, "to": 0.02},
                 {"shape": "constant", "steps": 3, "to": 0.0},
             ],
-            "checkpoint_interval": 3,
             "health_interval": 0,
         },
+        checkpoint={"interval": 3},
     )
 
 

@@ -19,8 +19,7 @@ from tessera.model.weights import weights
 from tessera.numerics import Policy
 from tessera.ops.chunked_loss import IGNORED
 from tessera.recipe import Recipe, StabilitySection
-from tessera.store import RunFolder, read_events, write_manifest
-from tessera.training import checkpoint
+from tessera.store import RunFolder, read_events
 from tessera.training.loss import Share, training_loss
 from tessera.training.nonfinite import NonFinite
 from tessera.training.optimizer import AdamW
@@ -44,11 +43,11 @@ def recipe_of(recipe_with: RecipeWith, *, precision: str = "fp8", steps: int = 8
             "steps": steps,
             "micro_batch_size": 2,
             "ema_decay": DECAY,
-            "checkpoint_interval": 1,
             "health_interval": 1,
             "load_interval": 1,
             "bias_update_speed": 0.01,
         },
+        checkpoint={"interval": 1},
         optimizer={"learning_rate": [{"shape": "linear", "steps": 6, "from": 1e-3, "to": 4e-3}]},
     )
     return recipe.model_copy(update={"stability": StabilitySection(**(QUICK | stability))})
@@ -324,23 +323,3 @@ def test_going_on_around_refused_steps_is_bit_exact(
         assert facts(run.events_path, *kinds) == facts(tmp_path / "whole" / "events.jsonl", *kinds)
         assert again.stability.facts() == whole.stability.facts()
     assert whole.stability.facts()["rate_scale"] == 0.5
-
-
-def test_a_checkpoint_older_than_the_rules_goes_on_with_nothing_remembered(
-    recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
-) -> None:
-    recipe = recipe_of(recipe_with, on_spike="skip")
-    dataset = dataset_of(recipe)
-    new(recipe, tmp_path / "run", dataset, ()).run()
-    run = RunFolder.open(tmp_path / "run")
-    path = run.checkpoint_path(4)
-    old = checkpoint.read_state(path)
-    assert len(old.pop("stability")["losses"]) == 4
-    (path / "state.json").write_text(json.dumps(old))
-    write_manifest(path)
-    # Step 4 leaps unseen: two calm steps must be remembered first.
-    again = poison(Trainer.resume(run, dataset, path), {4: LEAP, 7: LEAP})
-    assert again.stability.facts() == Stability(recipe.stability).facts()
-    assert again.run() == "finished"
-    assert unstable(run.path) == []  # the leap of step 4 is part of what step 7 is held against
-    assert len(again.stability.facts()["losses"]) == 4

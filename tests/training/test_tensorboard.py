@@ -6,15 +6,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tessera.data import Dataset
 from tessera.recipe import Recipe, UserError
-from tessera.store import RunFolder, read_events
+from tessera.store import read_events
 from tessera.training.tensorboard import TensorBoard
 from tessera.training.trainer import Trainer
+from tests.training.conftest import broken_at_step_4
 
 Curves = Callable[[Path], dict[str, list[tuple[int, float]]]]
 
@@ -64,22 +64,11 @@ def test_every_kind_of_event_becomes_the_curves_it_stands_for(curves: Curves, tm
 def test_a_resumed_run_shows_each_step_once(
     curves: Curves, recipe_with: Callable[..., Recipe], dataset_of: Callable[[Recipe], Dataset], tmp_path: Path
 ) -> None:
-    recipe = recipe_with(training={"tensorboard": True, "checkpoint_interval": 2})
+    recipe = recipe_with(training={"tensorboard": True})
     dataset = dataset_of(recipe)
-    first = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
     threads = set(threading.enumerate())
-
-    def dies(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 4:
-            raise RuntimeError("the machine dies")
-
-    first.observer = dies
-    with pytest.raises(RuntimeError, match="dies"):
-        first.run()
-    run = RunFolder.open(tmp_path / "run")
-    latest = run.latest_checkpoint()
-    assert latest is not None
-    Trainer.resume(run, dataset, latest[1]).run()
+    run, latest = broken_at_step_4(recipe, tmp_path / "run", dataset)
+    Trainer.resume(run, dataset, latest).run()
     shown = curves(run.path)["step/lm_loss"]
     events = [(e["step"], pytest.approx(e["lm_loss"])) for e in read_events(run.events_path, "step")]
     assert shown == events

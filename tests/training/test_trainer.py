@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from tessera.data import Dataset
-from tessera.model import weights as weight_files
 from tessera.model.weights import weights
 from tessera.ops.keep import Keep
 from tessera.recipe import Recipe, UserError
 from tessera.store import RunFolder, read_events
+from tessera.store.checkpoint_path import TENSORS
+from tessera.store.files import unwritable
 from tessera.training import checkpoint
 from tessera.training.nonfinite import NonFinite
 from tessera.training.trainer import Trainer
+from tests.training.conftest import broken_at_step_4
 
 RecipeWith = Callable[..., Recipe]
 DatasetOf = Callable[[Recipe], Dataset]
@@ -53,20 +55,8 @@ def test_resume_is_bit_exact(precision: str, recipe_with: RecipeWith, dataset_of
     whole = trained(recipe, tmp_path / "whole", dataset)
 
     broken = tmp_path / "broken"
-    first = Trainer(recipe, RunFolder.create(broken, recipe), dataset)
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 4:
-            raise RuntimeError("the machine dies")  # after the checkpoint of step 4, in the middle of what follows
-
-    first.observer = stop
-    with pytest.raises(RuntimeError, match="dies"):
-        first.run()
-    run = RunFolder.open(broken)
-    latest = run.latest_checkpoint()
-    assert latest is not None
-    assert latest[0] == 4
-    second = Trainer.resume(run, dataset, latest[1])
+    run, latest = broken_at_step_4(recipe, broken, dataset)
+    second = Trainer.resume(run, dataset, latest)
     second.run()
     assert_same(state(whole), state(second))
     kinds = ("step", "load", "health", "validation", "checkpoint")
@@ -167,7 +157,7 @@ def test_bf16_runs_name_the_module_too(recipe_with: RecipeWith, dataset_of: Data
 def test_a_signal_finishes_the_step_and_keeps_a_checkpoint(
     recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
 ) -> None:
-    recipe = recipe_with(training={"checkpoint_interval": 0})
+    recipe = recipe_with(checkpoint={"interval": 0})
     dataset = dataset_of(recipe)
     trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
 
@@ -217,10 +207,10 @@ def test_a_damaged_checkpoint_is_refused_by_file_name(
     recipe = recipe_with(training={"steps": 1})
     trained(recipe, tmp_path / "run", dataset_of(recipe))
     path = tmp_path / "run" / "checkpoints" / "step-1"
-    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data = bytearray((path / "optimizer" / TENSORS).read_bytes())
     data[-1] ^= 1
-    (path / "optimizer.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+    (path / "optimizer" / TENSORS).write_bytes(data)
+    with pytest.raises(UserError, match=rf"optimizer/{TENSORS}"):
         checkpoint.read_state(path)
 
 
@@ -259,7 +249,7 @@ def test_numerics_without_a_backward_pass_are_refused_at_the_start(
 def test_only_the_latest_checkpoints_and_the_milestones_are_kept(
     recipe_with: RecipeWith, dataset_of: DatasetOf, tmp_path: Path
 ) -> None:
-    recipe = recipe_with(training={"checkpoint_interval": 1, "keep_checkpoints": 2})
+    recipe = recipe_with(checkpoint={"interval": 1, "keep_latest": 2})
     trained(recipe, tmp_path / "run", dataset_of(recipe), milestones=(2,))
     run = RunFolder.open(tmp_path / "run")
     assert [step for step, _ in run.checkpoints()] == [2, 5, 6]
@@ -304,29 +294,32 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_half_one(
     recipe = recipe_with()
     dataset = dataset_of(recipe)
     trainer = Trainer(recipe, RunFolder.create(tmp_path / "run", recipe), dataset)
-    real = weight_files.save_file
+    real = checkpoint.write_tensors
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        if trainer.step == 4 and path.name == "optimizer.safetensors":
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(tensors, path)
+    def full(folder: Path, *arguments: Any) -> None:
+        if "step-4" in folder.parent.name and folder.name == "optimizer":
+            folder.mkdir()
+            (folder / TENSORS).write_bytes(b"half of it")
+            raise unwritable(folder / TENSORS, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        real(folder, *arguments)
 
-    monkeypatch.setattr(weight_files, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
 
-    def no_room(*_: object, **__: object) -> None:
-        raise OSError("an echo of the first error")
+    set_state = trainer.run_folder.set_state
 
-    trainer.observer = lambda event: (
-        monkeypatch.setattr(trainer.run_folder, "set_state", no_room) if trainer.step == 4 else None
-    )
-    with pytest.raises(UserError, match=r"optimizer\.safetensors: cannot be written: .*No space left"):
+    def no_room(state: Any, step: int, **facts: Any) -> None:
+        if state == "failed":
+            raise OSError("an echo of the first error")
+        set_state(state, step, **facts)
+
+    monkeypatch.setattr(trainer.run_folder, "set_state", no_room)
+    with pytest.raises(UserError, match=rf"optimizer/{TENSORS}: cannot be written: No space left"):
         trainer.run()
     run = RunFolder.open(tmp_path / "run")
     assert [path.name for path in run.checkpoints_path.iterdir()] == ["step-2"]
     latest = run.latest_checkpoint()
     assert latest is not None
-    monkeypatch.setattr(weight_files, "save_file", real)  # there is room again
+    monkeypatch.setattr(checkpoint, "write_tensors", real)  # there is room again
     resumed = Trainer.resume(run, dataset, latest[1])
     assert resumed.run() == "finished"
     assert_same(state(resumed), state(trained(recipe, tmp_path / "whole", dataset)))

@@ -42,7 +42,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "numerics": {"precision": "fp32"},
     "data": {"cross_document_attention": False},
     "optimizer": {"learning_rate": 1e-2},
-    "training": {"steps": 20, "validation_interval": 20, "micro_batch_size": 2, "checkpoint_interval": 0},
+    "training": {"steps": 20, "validation_interval": 20, "micro_batch_size": 2},
+    "checkpoint": {"interval": 0},
 }
 
 

@@ -87,6 +87,8 @@ class Board:
                 kept = event["evidence"] or f"no evidence: {event['evidence_error']}"
                 done = f"{event['decision']} ({event['rule']}); {kept}"
                 self.say(f"{job}: step {event['step']}: {event['reason']}; {done}")
+            case "refused":
+                self.say(f"{job}: {'; '.join(event['reasons'])}; training goes on without it")
             case "stopping" if job in self._steps and not self._stopping:  # other work has nothing to finish
                 self._stopping = True
                 self.say(STOPPING)

@@ -79,22 +79,24 @@ def make_sample(
     from tessera.data import Tokenizer
     from tessera.inference.sample import continue_tokens
     from tessera.model import Transformer
-    from tessera.model.weights import read_tensors, weights
+    from tessera.model.weights import read_weights, require_bytes_of
     from tessera.numerics import Policy
     from tessera.recipe import load_recipe
-    from tessera.store import find_checkpoint, verify_manifest
+    from tessera.store import find_checkpoint, verify_checkpoint
     from tessera.store.checkpoint_path import EMA, WEIGHTS
 
     checkpoint = find_checkpoint(path)
-    verify_manifest(checkpoint)
-    recipe = load_recipe(checkpoint / "recipe.toml")
-    tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
-    model = Transformer(recipe.model, Policy(**recipe.numerics.model_dump()))
-    if ema and not (checkpoint / EMA).is_file():
+    if ema and not (checkpoint / EMA).is_dir():
         raise UserError(
             f"{checkpoint}: holds no average of the weights; leave out --ema, or train with training.ema_decay"
         )
-    read_tensors(checkpoint / (EMA if ema else WEIGHTS), weights(model))
+    part = EMA if ema else WEIGHTS
+    verify_checkpoint(checkpoint, (part,))
+    recipe = load_recipe(checkpoint / "recipe.toml")
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
+    require_bytes_of(checkpoint, recipe.model, part)
+    model = Transformer(recipe.model, Policy(**recipe.numerics.model_dump()))
+    read_weights(checkpoint, model, part)
     precision = recipe.numerics.precision
     if show:
         say(f"{checkpoint} ({precision}{', moving average' if ema else ''})")

@@ -1,5 +1,6 @@
 """tessera train: one run."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 EXAMPLE = examples(
     "tessera train recipes/tiny.toml --set training.steps=100 --out runs/short",
     "tessera train --resume runs/short",
+    "tessera train --resume runs/short/checkpoints/step-40",
     "tessera train recipes/small.toml --from runs/small --out runs/small-2",
 )
 
 NO_CHECKPOINT = "there is no checkpoint to go on from; remove the folder, or choose another --out, and begin again"
+STEP = re.compile(r"step-([0-9]+)")
 TOKENIZER = "tokenizer.json"  # of a checkpoint; and of a run, where it came with the weights
 
 
@@ -40,7 +43,8 @@ def command(
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with a run from its latest checkpoint.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Go on with a run from its latest checkpoint, or from the one named."),
     ] = None,
     start: Annotated[
         Path | None,
@@ -64,10 +68,10 @@ def command(
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda")
     if resume is not None:
-        source, run = None, _unfinished(resume)
+        run, source = _unfinished(resume)
     else:
         assert recipe is not None
-        source, run = _new_run(load_recipe(recipe, overrides or ()), out, start)
+        run, source = _new_run(load_recipe(recipe, overrides or ()), out, start)
     resolved = run.recipe()
     seen: dict[str, dict[str, Any]] = {}
     with Board(quiet=json, limit_minutes=resolved.training.time_limit_minutes) as board:
@@ -77,7 +81,7 @@ def command(
             board.handle(resolved.name, event)
 
         try:
-            trainer = _trainer(run, resolved, source, device, threads, board, observe)
+            trainer = _trainer(run, resolved, source, resume is not None, device, threads, board, observe)
         except BaseException as error:
             if resume is None:  # nothing was trained: the same command must work once the cause is gone
                 shutil.rmtree(run.path, ignore_errors=True)
@@ -90,42 +94,65 @@ def command(
         except KeyboardInterrupt:  # a second Ctrl-C
             say(f"stopped at once, without a new checkpoint; {_way_on(run)}")
             raise typer.Exit(130) from None
+        except UserError as error:
+            from tessera.training.stability import Stopped
+
+            if isinstance(error, Stopped):  # going on would end there again
+                raise
+            raise UserError(f"{error}\n{_way_on(run)}") from error
     _finish(run, trainer, state, seen, json)
     if state == "interrupted":
         raise typer.Exit(130)
 
 
-def _unfinished(path: Path) -> "RunFolder":
+def _unfinished(path: Path) -> tuple["RunFolder", Path | None]:
+    """The run to go on with, and the checkpoint, never None: the one that `path` names, or the latest."""
     from tessera.store import RunFolder
+    from tessera.training.checkpoint import latest_to_resume
 
+    place = path.absolute()
+    step = STEP.fullmatch(place.name) if place.parent.name == "checkpoints" else None
+    if step:
+        path = path.parent.parent if len(path.parts) > 2 else place.parent.parent
     run = RunFolder.open(path)
     comparison = path.resolve().parent.parent
     if (comparison / "comparison.json").is_file():  # an arm has a perturbation and milestones that train knows not of
         raise UserError(f"{path}: an arm of a comparison; go on with `tessera compare --resume {comparison}`")
     state = run.state()
-    if state["state"] == "finished":
+    if step:
+        found = dict(run.checkpoints())
+        if int(step[1]) not in found:
+            there = ", ".join(f"step-{number}" for number in found) or "none"
+            raise UserError(f"{place}: no complete checkpoint; there is {there}")
+    if state["state"] == "finished" and (step is None or int(step[1]) >= state["step"]):
         raise UserError(
             f"{path}: finished at step {state['step']}; go on from its weights in a new stage with "
             f"`tessera train RECIPE --from {path}`"
         )
-    if not run.latest_checkpoint():  # beginning anew here would lose the weights of --from
+    checkpoint = found[int(step[1])] if step else latest_to_resume(run)
+    if checkpoint is None:  # beginning anew here would lose the weights of --from
         raise UserError(f"{path}: {NO_CHECKPOINT}")
-    return run
+    return run, checkpoint
 
 
 def _way_on(run: "RunFolder") -> str:
-    latest = run.latest_checkpoint()
-    return f"go on from step {latest[0]} with:\n  tessera train --resume {run.path}" if latest else NO_CHECKPOINT
+    from tessera.training.checkpoint import latest_to_resume
+
+    latest = latest_to_resume(run)
+    steps = {path: step for step, path in run.checkpoints()}
+    return f"go on from step {steps[latest]} with:\n  tessera train --resume {run.path}" if latest else NO_CHECKPOINT
 
 
-def _new_run(recipe: Recipe, out: Path | None, start: Path | None) -> tuple[Path | None, "RunFolder"]:
-    """The checkpoint to start from, if any, and the new run's folder."""
+def _new_run(recipe: Recipe, out: Path | None, start: Path | None) -> tuple["RunFolder", Path | None]:
+    """The new run's folder, and the checkpoint to start from, if any."""
     from tessera.store import RunFolder, find_checkpoint
+    from tessera.store.files import regular_size
 
     folder = out_folder(out, recipe.name)
     if start is None:
-        return None, RunFolder.create(folder, recipe)
+        return RunFolder.create(folder, recipe), None
     source = find_checkpoint(start)
+    regular_size(source / TOKENIZER)  # read before all is verified; a link would lead out of the folder
     if recipe.data.tokenizer is None:  # these weights mean the tokens that they were trained on
         data = recipe.data.model_copy(update={"tokenizer": str(folder.resolve() / TOKENIZER)})
         recipe = recipe.model_copy(update={"data": data})
@@ -134,7 +161,7 @@ def _new_run(recipe: Recipe, out: Path | None, start: Path | None) -> tuple[Path
             f"data.tokenizer = {recipe.data.tokenizer}: not the tokenizer of {source}, whose weights would read other "
             "words; leave data.tokenizer out to take the checkpoint's own"
         )
-    return source, RunFolder.create(folder, recipe)
+    return RunFolder.create(folder, recipe), source
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
@@ -147,12 +174,13 @@ def _trainer(
     run: "RunFolder",
     recipe: Recipe,
     source: Path | None,
+    resume: bool,
     device: str,
     threads: int | None,
     board: Board,
     observer: "Observer",
 ) -> "Trainer":
-    """The run at the step where it goes on; prepares its data."""
+    """The run at the step where it goes on; prepares its data. `source`: the checkpoint to resume or to start from."""
     import torch
 
     from tessera.data import Tokenizer, prepare
@@ -162,14 +190,14 @@ def _trainer(
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use cpu")
-    if source and recipe.data.tokenizer == str(run.path.resolve() / TOKENIZER):
+    if source and not resume and recipe.data.tokenizer == str(run.path.resolve() / TOKENIZER):
         Tokenizer.load(source / TOKENIZER).save(Path(recipe.data.tokenizer))
     data = Path(recipe.data.cache) if recipe.data.cache else _data_folder(run.path)
     dataset = prepare(recipe.data, recipe.model.vocab_size, data, progress=board.stage)
     board.data(dataset.facts)
     options: dict[str, Any] = {"device": device, "arm": recipe.numerics.precision, "observer": observer}
-    if latest := run.latest_checkpoint():
-        return Trainer.resume(run, dataset, latest[1], **options)
+    if source and resume:
+        return Trainer.resume(run, dataset, source, **options)
     trainer = Trainer(recipe, run, dataset, **options)
     if source:
         trainer.start_from(source)
@@ -184,9 +212,29 @@ def _data_folder(run: Path) -> Path:
 
 def _finish(run: "RunFolder", trainer: "Trainer", state: str, seen: dict[str, dict[str, Any]], json: bool) -> None:
     """Write the report, and tell how the run stands; `seen` is the last event of each kind."""
+    from tessera.store.files import Unwritable
     from tessera.training.report import write_report
 
-    report = write_report(run.path)
+    report, refusal = None, None
+    try:
+        report = write_report(run.path)
+    except Unwritable as error:  # what was trained is told first
+        refusal = f"{error}; the run itself is kept: make its page later with `tessera report {run.path}`"
+    _tell(run, trainer, state, seen, json, report)
+    if refusal and trainer.recipe.checkpoint.on_failed_write == "stop":
+        raise UserError(refusal)
+    if refusal:
+        say(refusal)
+
+
+def _tell(
+    run: "RunFolder",
+    trainer: "Trainer",
+    state: str,
+    seen: dict[str, dict[str, Any]],
+    json: bool,
+    report: Path | None,
+) -> None:
     end, step, validation = seen["end"], seen.get("step", {}), seen.get("validation")
     if json:
         facts = {"run": run.path, "state": state, "step": trainer.step, "tokens": trainer.tokens}
@@ -208,4 +256,6 @@ def _finish(run: "RunFolder", trainer: "Trainer", state: str, seen: dict[str, di
         print(
             f"held out   {validation['loss']:.4f} nats a token, {validation['bits_per_byte']:.4f} bits per byte{drafts}"
         )
-    print(f"report     {report}\nsample     tessera sample {run.path} --prompt 'def '")
+    if report:
+        print(f"report     {report}")
+    print(f"sample     tessera sample {run.path} --prompt 'def '")

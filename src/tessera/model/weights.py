@@ -1,18 +1,16 @@
-"""The weights of a model as a safetensors file: FP32 masters and routing biases, under the model's own names.
+"""The weights of a model: FP32 masters and routing biases, under the model's own names.
 
-What is shared (MTP's embedding and head are the trunk's) stands in the file once. A file is taken only if it has
-exactly the tensors of the model, in their shapes and dtypes; it is looked through before the first value is copied.
+What is shared (MTP's embedding and head are the trunk's) stands in a checkpoint once.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tessera.recipe import UserError
+from tessera.accounting import parameters
+from tessera.model.tensor_folder import read_tensors
+from tessera.recipe import ModelSection, UserError
+from tessera.store.checkpoint_path import TENSORS, WEIGHTS
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -23,36 +21,20 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file; raises UserError where the disk refuses."""
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
+def read_weights(checkpoint: Path, model: nn.Module, part: str = WEIGHTS) -> None:
+    """Take the weights of a checkpoint whose manifest has been verified; `part` is the folder in it."""
+    read_tensors(checkpoint / part, weights(model))
 
 
-@torch.no_grad()
-def read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Copy a safetensors file into `targets`; raises UserError naming the first tensor that is not as expected."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for name, target in targets.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise UserError(f"{path}: has no tensor {name}, which the recipe's model has")
-        if tensor.shape != target.shape or tensor.dtype != target.dtype:
-            raise UserError(
-                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the recipe's model has "
-                f"{target.dtype} {tuple(target.shape)}"
-            )
-    if unknown := sorted(set(tensors) - set(targets)):
-        raise UserError(f"{path}: has a tensor {unknown[0]}, which the recipe's model has not")
-    for name, target in targets.items():
-        target.copy_(tensors[name])
+def require_bytes_of(checkpoint: Path, section: ModelSection, part: str = WEIGHTS) -> None:
+    """Raise UserError where a checkpoint is too small for the model of its own recipe.
 
-
-def read_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Take the weights of a checkpoint folder whose manifest has been verified."""
-    read_tensors(checkpoint / "model.safetensors", weights(model))
+    For those who make the model by that recipe: a false one must not make them allocate more than there is to read.
+    """
+    counts = parameters(section)
+    owed, found = 4 * (counts.total + counts.mtp_total), (checkpoint / part / TENSORS).stat().st_size
+    if owed > found:
+        raise UserError(
+            f"{checkpoint / part / TENSORS}: has {found} bytes, but the model of the recipe beside it needs {owed}; "
+            "the checkpoint is damaged"
+        )

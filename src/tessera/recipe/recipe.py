@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tessera.recipe import notes, toml_writer
+from tessera.recipe.checkpoint import CheckpointSection
 from tessera.recipe.data import DataSection
 from tessera.recipe.memory import MemorySection
 from tessera.recipe.model import ModelSection
@@ -33,7 +34,7 @@ def _folder_name(name: str) -> str:
 
 
 class Recipe(Section):
-    """One run: its model, numerics, data, optimizer and training."""
+    """One run: its model, numerics, data, optimizer, training and checkpoints."""
 
     schema_version: int = Field(SCHEMA, alias="schema", ge=1, le=SCHEMA, description="Version of this vocabulary.")
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
@@ -45,6 +46,7 @@ class Recipe(Section):
     data: DataSection = Field(description="Text, tokenizer and batches.")
     optimizer: OptimizerSection = Field(description="AdamW.")
     training: TrainingSection = Field(description="Steps, losses and intervals.")
+    checkpoint: CheckpointSection = Field(CheckpointSection(), description="What is saved, when, and what is kept.")
     stability: StabilitySection = Field(
         StabilitySection(), description="Steps that are not finite, and spikes of the loss."
     )

@@ -7,7 +7,7 @@ from tessera.recipe.section import Section
 
 
 class TrainingSection(Section):
-    """Steps, loss weights, and the intervals of validation, checkpoints and measurements."""
+    """Steps, loss weights, and the intervals of validation and measurements."""
 
     steps: int = Field(ge=1, description="Optimizer steps of the run.")
     micro_batch_size: int | None = Field(
@@ -31,8 +31,6 @@ class TrainingSection(Section):
     )
     validation_interval: int = Field(100, ge=0, description="Steps between validations; 0: none.")
     validation_batches: int = Field(8, ge=1, description="Held-out batches in one validation.")
-    checkpoint_interval: int = Field(500, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_checkpoints: int = Field(0, ge=0, description="Latest checkpoints that are kept; 0: all.")
     health_interval: int = Field(
         50, ge=0, description="Steps between measurements of what FP8 did to each tensor; 0: none."
     )

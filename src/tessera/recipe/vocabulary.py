@@ -20,6 +20,10 @@ from tessera.recipe.section import Section
 Path = Sequence[str | int]
 
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", types.NoneType: "left out"}
+_FORMER = {  # what recipes may still say, and what it is called now
+    "training.checkpoint_interval": "checkpoint.interval",
+    "training.keep_checkpoints": "checkpoint.keep_latest",
+}
 
 
 def keys(table: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -63,6 +67,8 @@ def nearest(root: type[BaseModel], path: Path) -> str | None:
     """The dotted key that an unknown path most likely means: a sibling if one is close, else any other."""
     parent, unknown = path[:-1], str(path[-1])
     places = {leaf.rsplit(".", 1)[-1]: leaf for leaf in _leaves(root)}
+    if (former := dotted(path)) in _FORMER:
+        return _FORMER[former]
     if unknown in places:  # the right key in the wrong section
         return places[unknown]
     table: type[BaseModel] | None = root

@@ -5,7 +5,7 @@ a manifest with their sizes and SHA-256, and a log ends at a byte that a checkpo
 files is information for people; nothing is ordered or compared by it, so a clock may jump.
 """
 
-from tessera.store.checkpoint_path import find_checkpoint
+from tessera.store.checkpoint_path import find_checkpoint, verify_checkpoint
 from tessera.store.events import EventWriter, read_events
 from tessera.store.files import sha256_file, write_atomic
 from tessera.store.json_text import write_json
@@ -19,6 +19,7 @@ __all__ = [
     "publish_folder",
     "read_events",
     "sha256_file",
+    "verify_checkpoint",
     "verify_manifest",
     "write_atomic",
     "write_json",

@@ -21,6 +21,7 @@ from tessera.store.files import unreadable, unwritable
 from tessera.store.json_text import check_schema, dumps
 
 SCHEMA = 1
+_LONGEST_TAIL = 4096  # bytes that hold the event of a checkpoint
 _RESERVED = ("schema", "run", "time")  # `kind` and `step` are arguments, so Python refuses them twice
 
 
@@ -160,9 +161,28 @@ def read_events(path: Path, *kinds: str) -> Iterator[dict[str, Any]]:
         raise unreadable(path, error) from error
 
 
+def event_before(path: Path, offset: int) -> dict[str, Any] | None:
+    """The event whose line ends at byte `offset`, or None where no line of an event ends there.
+
+    A checkpoint remembers the offset behind its own event, so that a run can tell whether its events still lead to
+    it. Raises UserError for a file that cannot be read; one that does not exist holds no event.
+    """
+    try:
+        with open(path, "rb") as file:
+            if offset > file.seek(0, os.SEEK_END):
+                return None
+            file.seek(max(offset - _LONGEST_TAIL, 0))
+            tail = file.read(min(offset, _LONGEST_TAIL))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _parse(tail[:-1].rpartition(b"\n")[2]) if tail.endswith(b"\n") else None
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,10 @@ _ADVICE = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
 }
+
+
+class Unwritable(UserError):
+    """What a disk refuses; nothing is wrong with the work itself, which may go on where a user wishes so."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -69,10 +74,38 @@ def sha256_file(path: Path) -> str:
         raise unreadable(path, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def read_small(path: Path, largest: int) -> bytes:
+    """The bytes of a file of a folder that may come from anywhere; raises UserError.
+
+    Read is a regular file of at most `largest` bytes, nothing else: a symbolic link leads out of the folder, a pipe
+    never ends, and a large file fills the memory.
+    """
+    size = regular_size(path)
+    if size > largest:
+        raise UserError(f"{path}: has {size} bytes; such a file has {largest} at most; it is damaged")
+    try:
+        with open(path, "rb") as file:
+            return file.read(largest)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; raises UserError for anything else, symbolic links among it."""
+    try:
+        facts = path.lstat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(facts.st_mode) else "no regular file"
+        raise UserError(f"{path}: is {kind}, which is not followed here; put the file itself in its place")
+    return facts.st_size
+
+
+def unwritable(path: Path, error: OSError) -> Unwritable:
     """What a user is told when `path` cannot be written."""
     advice = _ADVICE.get(error.errno or 0)
-    return UserError(f"{path}: cannot be written: {error.strerror or error}" + (f"; {advice}" if advice else ""))
+    return Unwritable(f"{path}: cannot be written: {error.strerror or error}" + (f"; {advice}" if advice else ""))
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

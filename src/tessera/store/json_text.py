@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.recipe import UserError
-from tessera.store.files import unreadable, unwritable, write_atomic
+from tessera.store.files import read_small, unreadable, unwritable, write_atomic
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
@@ -32,14 +32,26 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, dumps(value, indent=2) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises UserError if it is missing, unreadable or something else."""
+def read_object(path: Path, largest: int | None = None) -> dict[str, Any]:
+    """The JSON object in a file; raises UserError if it is missing, unreadable or something else.
+
+    With `largest` the file need not be trusted: see `files.read_small`.
+    """
     try:
-        value = json.loads(path.read_bytes().decode())
+        content = path.read_bytes() if largest is None else read_small(path, largest)
     except OSError as error:
         raise unreadable(path, error) from error
-    except ValueError as error:  # of JSON and of UTF-8
+    return parse_object(path, content)
+
+
+def parse_object(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object in `content`, which stands in `path`; raises UserError."""
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=_unique)
+    except ValueError as error:  # of JSON, of UTF-8, and of numbers with thousands of digits
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
     return value
@@ -49,8 +61,18 @@ def check_schema(path: Path, found: Any, known: int) -> None:
     """Raise UserError for a file that a newer tessera wrote, or one without a version."""
     if type(found) is not int:
         raise UserError(f"{path}: schema = {found!r}: must be an integer; was this file written by tessera?")
+    if found < 1:
+        raise UserError(f"{path}: schema = {found}: there is no such version; this tessera reads 1 to {known}")
     if found > known:
         raise UserError(f"{path}: schema = {found}: this tessera reads up to schema {known}; upgrade tessera")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers may take different ones of two equal names, so that neither is taken."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in an object twice")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -3,28 +3,48 @@
     recipe.toml         the resolved recipe: every key, so that a new default cannot change a run
     run.json            {schema, state, pid, step, time, ...}: how the run stands
     events.jsonl        everything it measured, see `events`
-    checkpoints/step-N/ complete checkpoints, each with a manifest; step-N.partial is still being written
+    checkpoints/step-N/ complete checkpoints, each with a manifest; step-N.partial is still being written, or going
     report.html         the page made from the events
 
 Other files may lie beside these; nobody here minds them.
+
+A checkpoint that is written again must not go before the other one is there. It is published as step-N.new, which
+readers take before step-N; then the old one goes to step-N.old.partial, and the new one to step-N (`settle`). A
+machine that dies at any moment leaves a complete checkpoint of the step.
 """
 
 import os
 import re
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from tessera.recipe import Recipe, UserError, load_recipe
-from tessera.store.files import unreadable, unwritable, write_atomic
+from tessera.store.files import Unwritable, sync_folder, unreadable, unwritable, write_atomic
 from tessera.store.json_text import check_schema, read_object, write_json
-from tessera.store.manifest import MANIFEST
+from tessera.store.manifest import MANIFEST, PARTIAL
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
+NEW = ".new"  # ends the name of a complete checkpoint that is about to replace another one of its step
+
 _SCHEMA = 1
-_CHECKPOINT = re.compile(r"step-([0-9]+)")
+_CHECKPOINT = re.compile(rf"step-([0-9]+)({re.escape(NEW)})?")
+_LEFTOVER = re.compile(r"step-[0-9]+[.a-z]*\.partial")  # of checkpoints that a killed process wrote or removed
+_LEFTOVER_FILE = re.compile(r"\.[0-9a-f]{16}\.partial")  # of `write_atomic`
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint; a crash on the way leaves a ".partial" folder, never a checkpoint with files missing."""
+    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        os.rename(path, doomed)
+    except OSError as error:
+        raise Unwritable(f"{path}: cannot be removed: {error.strerror}") from None
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 class RunFolder:
@@ -114,22 +134,51 @@ class RunFolder:
         return self.checkpoints_path / f"step-{step}"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """The complete checkpoints as (step, folder), the earliest step first."""
-        found = []
+        """The complete checkpoints as (step, folder), the earliest step first; of two of a step the newer one."""
+        found: dict[int, Path] = {}
         try:
             for path in self.checkpoints_path.iterdir():
                 match = _CHECKPOINT.fullmatch(path.name)
-                if match and (path / MANIFEST).is_file():
-                    found.append((int(match[1]), path))
+                if match and (path / MANIFEST).is_file() and (match[2] or int(match[1]) not in found):
+                    found[int(match[1])] = path
         except FileNotFoundError:
             return []
         except OSError as error:
             raise unreadable(self.checkpoints_path, error) from error
-        return sorted(found)
+        return sorted(found.items())
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """The complete checkpoint of the latest step, or None."""
         return max(self.checkpoints(), default=None)
+
+    def settle(self) -> None:
+        """Give checkpoints that replace others their names, and remove what killed processes left half done.
+
+        Only for the writer of the run. Raises UserError where the disk refuses; all is as good as before then.
+        """
+        self.settle_names()
+        try:
+            for path in self.checkpoints_path.glob(f"*{PARTIAL}"):
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+            for path in self.path.glob(f".*{PARTIAL}"):
+                if _LEFTOVER_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.checkpoints_path, error) from error
+
+    def settle_names(self) -> None:
+        """The first half of `settle`; for one who has just published a checkpoint that replaces another."""
+        for _, path in self.checkpoints():
+            if path.name.endswith(NEW):
+                target = path.with_name(path.name.removesuffix(NEW))
+                if target.exists():
+                    discard(target)
+                try:
+                    os.rename(path, target)
+                    sync_folder(target.parent)
+                except OSError as error:
+                    raise unwritable(path, error) from error
 
     def _fill(self, recipe: Recipe) -> None:
         write_atomic(self.recipe_path, recipe.to_toml())

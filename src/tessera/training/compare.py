@@ -28,6 +28,7 @@ from tessera.store import RunFolder, read_events, write_atomic, write_json
 from tessera.store.json_text import check_schema, read_object
 from tessera.training import same_weights, verdict
 from tessera.training.arms import arm_recipe, control_seed, is_control, require_backward
+from tessera.training.checkpoint import latest_to_resume
 from tessera.training.evaluation import ACCUMULATION, Evaluation, arm_of, missing, read_figures, uncaught
 from tessera.training.jobs import Emit, Job, run_jobs
 from tessera.training.stability import REFUSED, Stopped
@@ -216,13 +217,13 @@ def train_arm(comparison: Comparison, arm: str, threads: int, emit: Emit) -> str
     latest = None
     if (path / "run.json").is_file():
         run_folder = RunFolder.open(path)
-        latest = run_folder.latest_checkpoint()
+        latest = latest_to_resume(run_folder)
     else:
         shutil.rmtree(path, ignore_errors=True)  # of a start that was killed before it was a run
         run_folder = RunFolder.create(path, recipe)
     dataset = comparison.dataset()
     if latest:
-        trainer = Trainer.resume(run_folder, dataset, latest[1], **options)
+        trainer = Trainer.resume(run_folder, dataset, latest, **options)
     else:
         trainer = Trainer(recipe, run_folder, dataset, **options)
         if is_control(arm):

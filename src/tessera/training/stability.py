@@ -21,7 +21,6 @@ All of this follows from the numbers of the steps before, which `facts` gives to
 """
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import fsum, sqrt
 from typing import Any, Literal
@@ -152,15 +151,21 @@ class Stability:
             "noted_in_a_row": self._noted,
         }
 
-    def restore(self, facts: Mapping[str, Any] | None) -> None:
-        """Go on from `facts`. None, of a checkpoint that is older than these rules: as at the start of a run, with no
-        step remembered and the recipe's own learning rate."""
-        if facts is None:
-            return
-        self._losses.extend(facts["losses"])
-        self._norms.extend(facts["gradient_norms"])
-        self.rate_scale = facts["rate_scale"]
-        self._refused, self._noted = facts["refused_in_a_row"], facts["noted_in_a_row"]
+    def restore(self, facts: Any) -> None:
+        """Go on from `facts`, as a checkpoint has them; raises UserError for anything else."""
+        try:
+            losses, norms, scale = facts["losses"], facts["gradient_norms"], facts["rate_scale"]
+            refused, noted = facts["refused_in_a_row"], facts["noted_in_a_row"]
+        except (KeyError, TypeError):
+            raise UserError('"stability" must hold the numbers of the steps before') from None
+        lists = isinstance(losses, list) and isinstance(norms, list)
+        if not (lists and all(type(value) is float for value in (*losses, *norms, scale))):
+            raise UserError('"stability" must hold lists of numbers, and the factor of the learning rate')
+        if type(refused) is not int or type(noted) is not int:
+            raise UserError('"stability" must hold how many steps in a row were refused and noted')
+        self._losses.extend(losses)
+        self._norms.extend(norms)
+        self.rate_scale, self._refused, self._noted = scale, refused, noted
 
     def _calm(self, loss: float, gradient_norm: float) -> None:
         self._refused = self._noted = 0

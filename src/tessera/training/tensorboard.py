@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.recipe import UserError
+from tessera.store.files import unwritable
 
 _NOT_CURVES = ("kind", "step")
 
@@ -48,7 +49,7 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from None
+            raise unwritable(self._path, error) from None
 
     def _handle(self, event: dict[str, Any]) -> None:
         match event["kind"]:

@@ -11,7 +11,7 @@ that is not. Wall-clock figures (tokens/s, MFU, elapsed seconds) are measurement
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,30 @@ from torch import Tensor
 from tessera.accounting import flops_per_token, mfu, parameters
 from tessera.data import Batch, Dataset
 from tessera.model import Transformer
-from tessera.model.weights import read_weights
+from tessera.model.weights import read_weights, weights
 from tessera.numerics import Policy, Recorder
 from tessera.ops.chunked_loss import IGNORED
 from tessera.ops.keep import Keep
 from tessera.recipe import Recipe, UserError
-from tessera.store import EventWriter, RunFolder
+from tessera.store import RunFolder
+from tessera.store.checkpoint_path import EMA, OPTIMIZER, STATE, WEIGHTS
+from tessera.store.files import Unwritable
 from tessera.store.run_folder import State
 from tessera.training import checkpoint, nonfinite
 from tessera.training.arms import require_backward
+from tessera.training.checkpoint import Parts
+from tessera.training.checkpoint_writer import CheckpointWriter
 from tessera.training.ema import Ema
 from tessera.training.evidence import UnstableStep, keep_evidence
 from tessera.training.interrupt import finish_on_signal
+from tessera.training.journal import Journal, Observer
 from tessera.training.loss import Losses, Share, training_loss
 from tessera.training.optimizer import AdamW
 from tessera.training.peak import measured_flops
+from tessera.training.random_streams import restore_streams, seed_streams, stream_states
 from tessera.training.stability import Finding, Stability, Stopped, stopped
-from tessera.training.tensorboard import TensorBoard
 from tessera.training.validation import Validation, held_out, validate
-
-Observer = Callable[[dict[str, Any]], None]
+from tessera.training.way_back import way_back
 
 
 class Trainer:
@@ -67,6 +71,7 @@ class Trainer:
         self.device, self.arm, self.milestones = torch.device(device), arm, frozenset(milestones)
         self.observer = observer
         self.recorder = Recorder()
+        seed_streams(recipe.training.seed)
         policy = Policy(**recipe.numerics.model_dump())
         self.model = Transformer(
             recipe.model,
@@ -84,8 +89,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sittings
         self._flops = flops_per_token(recipe.model, recipe.data.sequence_length).training
         self._offset: int | None = 0
-        self._tensorboard: TensorBoard | None = None
-        self._saved_at = -1  # step of the last checkpoint of this sitting
+        self._resumed_at = -1  # what was just read need not be written again
         batches = held_out(dataset, recipe, recipe.training.validation_batches)
         self._held_out = [batch.to(self.device) for batch in batches]
 
@@ -95,21 +99,41 @@ class Trainer:
     def resume(cls, run: RunFolder, dataset: Dataset, path: Path, **options: Any) -> "Trainer":
         """The run of `run`, at the checkpoint `path`; `options` as in the constructor."""
         trainer = cls(run.recipe(), run, dataset, **options)
-        state = checkpoint.read_state(path)
+        try:
+            state = trainer._restore(path)
+        except UserError as error:
+            raise UserError(f"{error}\n{way_back(run, path)}") from None
         if state["data"] != dataset.facts["digest"]:
             raise UserError(
                 f"{path}: trained on other text than data.source holds now (a newer Python brings another standard "
                 "library); put the text back, or begin a new stage with --from"
             )
-        read_weights(path, trainer.model)
-        checkpoint.read_optimizer(path, trainer.optimizer, state["optimizer_steps"])
-        if trainer.ema:
-            checkpoint.read_ema(path, trainer.ema)
-        trainer.step, trainer.position, trainer.tokens = state["step"], state["position"], state["tokens"]
-        trainer.stability.restore(state.get("stability"))
-        trainer._saved_at = trainer.step  # what was just read need not be written again
-        trainer.seconds, trainer._offset = state["seconds"], state["event_offset"]
         return trainer
+
+    def _restore(self, path: Path) -> dict[str, Any]:
+        """Take everything from a checkpoint; returns its state. Raises UserError naming what is damaged."""
+        parts = self._tensors()
+        state = checkpoint.read_state(path, parts.keys())
+        names = ("step", "position", "tokens", "event_offset", "optimizer_steps")
+        self.step, self.position, self.tokens, self._offset, self.optimizer.steps = (
+            checkpoint.number(path, state, name) for name in names
+        )
+        self.seconds = checkpoint.seconds(path, state)
+        if not isinstance(state.get("data"), str):
+            raise UserError(f"{path / STATE}: data must be the digest of the text; the checkpoint is damaged")
+        checkpoint.read_parts(path, parts)
+        try:
+            restore_streams(state.get("random"), self.device)
+            self.stability.restore(state.get("stability"))
+        except UserError as error:
+            raise UserError(f"{path / STATE}: {error}") from None
+        self._resumed_at = self.step
+        return state
+
+    def _tensors(self) -> Parts:
+        """The tensors that a checkpoint holds; waits for the averages, which the next step changes."""
+        averages = {EMA: self.ema.tensors()} if self.ema else {}
+        return {WEIGHTS: weights(self.model), OPTIMIZER: self.optimizer.tensors(), **averages}
 
     def start_from(self, path: Path) -> None:
         """Take weights and routing biases from a checkpoint, and nothing else: a new stage begins at step 0."""
@@ -137,12 +161,17 @@ class Trainer:
         optimizer of a step at which the recipe's [stability] ends the run (NonFinite, of these, where a step is not
         finite), and UserError where the disk refuses; the run's state is then "failed".
         """
-        self._events = EventWriter(self.run_folder.events_path, self.recipe.name, self._offset)
-        self._tensorboard = None
-        self.run_folder.set_state("running", self.step, arm=self.arm)
+        run, section = self.run_folder, self.recipe.checkpoint
+        go_on = section.on_failed_write == "go_on"
+        self._journal = Journal(run, self.recipe.name, self._offset, self.observer, go_on=go_on)
+        self._checkpoints = CheckpointWriter(
+            run, section, self.dataset.tokenizer.to_json(), milestones=self.milestones, saved=self._resumed_at
+        )
         try:
+            run.settle()  # the events are locked by now, so that nobody else writes here
+            run.set_state("running", self.step, arm=self.arm)
             if self.recipe.training.tensorboard:
-                self._tensorboard = TensorBoard(self.run_folder.path, self.step)
+                self._journal.draw_curves(run.path, self.step)
             self._announce()
             with finish_on_signal(announce) as wish:
                 while self.step < self.recipe.training.steps and not wish.stop:
@@ -150,8 +179,11 @@ class Trainer:
                     self._look_up()
                 # Still inside: a second SIGTERM must not end the process in the middle of its checkpoint.
                 state: State = "finished" if self.step >= self.recipe.training.steps else "interrupted"
-                if self._saved_at != self.step:
-                    self._save()
+                self._join_save()
+                if self._checkpoints.saved != self.step:
+                    with self._journal.strictly():  # without it there is nothing to go on with
+                        self._save()
+                        self._join_save()
                 self._end(state)
         except BaseException as error:
             with suppress(Exception):  # a full disk: what is told is the first error, not one of its echoes
@@ -172,14 +204,12 @@ class Trainer:
             self._close("failed", **facts)
 
     def _close(self, state: State, **facts: Any) -> None:
-        try:
-            self._events.close()
+        with ExitStack() as last_first:
+            last_first.callback(self.run_folder.set_state, state, self.step, arm=self.arm, **facts)
+            last_first.callback(self._journal.close, self.step)
             if self.ema:
-                self.ema.close()
-            if self._tensorboard:
-                self._tensorboard.close()
-        finally:
-            self.run_folder.set_state(state, self.step, arm=self.arm, **facts)
+                last_first.callback(self.ema.close)
+            last_first.callback(self._checkpoints.close)
 
     def _end(self, reason: str) -> None:
         speed = self.tokens / max(self.seconds, 1e-9)
@@ -316,11 +346,12 @@ class Trainer:
 
     def _look_up(self) -> None:
         """Validation and checkpoints that are due after the step just made."""
-        t = self.recipe.training
+        t, interval = self.recipe.training, self.recipe.checkpoint.interval
         last = self.step == t.steps
+        self._look_after_save()
         if t.validation_interval and (self.step % t.validation_interval == 0 or last):
             self._emit("validation", **self.validate().facts(), **self._validate_ema())
-        due = t.checkpoint_interval and self.step % t.checkpoint_interval == 0
+        due = interval and self.step % interval == 0
         if (due or self.step in self.milestones) and not last:
             self._save()
 
@@ -338,24 +369,43 @@ class Trainer:
         return {"ema_loss": found.loss, "ema_bits_per_byte": found.bits_per_byte}
 
     def _save(self) -> None:
+        self._join_save()
         path = self.run_folder.checkpoint_path(self.step)
         # Before the offset is taken: a run that goes on from this checkpoint keeps the event of it.
-        self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path)))
-        facts = {
+        if not self._emit("checkpoint", path=str(path.relative_to(self.run_folder.path))):
+            return  # the events would not lead to it
+        try:
+            self._checkpoints.save(self.step, self._tensors(), self._state())
+            self.run_folder.set_state("running", self.step, arm=self.arm)
+        except Unwritable as error:
+            self._journal.refused(error, self.step)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors; `_restore` takes it back."""
+        return {
+            "optimizer_steps": self.optimizer.steps,
             "position": self.position,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "event_offset": self._events.offset,
+            "event_offset": self._journal.offset,
             "data": self.dataset.facts["digest"],
+            "random": stream_states(self.device),
             "stability": self.stability.facts(),
         }
-        tokenizer = self.dataset.tokenizer.to_json()
-        checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, self.ema, tokenizer, facts)
-        self._saved_at = self.step
-        self.run_folder.set_state("running", self.step, arm=self.arm)
-        keep = self.recipe.training.keep_checkpoints
-        if keep:
-            checkpoint.prune(self.run_folder, keep, self.milestones)
+
+    def _join_save(self) -> None:
+        """Wait for the save under way."""
+        try:
+            self._checkpoints.join()
+        except Unwritable as error:
+            self._journal.refused(error, self.step)
+
+    def _look_after_save(self) -> None:
+        """Hear at the next step, not at the next save, that one has failed."""
+        try:
+            self._checkpoints.check()
+        except Unwritable as error:
+            self._journal.refused(error, self.step)
 
     def _announce(self) -> None:
         t = self.recipe.training
@@ -379,10 +429,5 @@ class Trainer:
     def _due(self, interval: int, step: int) -> bool:
         return interval > 0 and step % interval == 0
 
-    def _emit(self, kind: str, step: int | None = None, **fields: Any) -> None:
-        step = self.step if step is None else step
-        self._events.write(kind, step, **fields)
-        event = {"kind": kind, "step": step, **fields}
-        if self._tensorboard:
-            self._tensorboard.handle(event)
-        self.observer(event)
+    def _emit(self, kind: str, step: int | None = None, **fields: Any) -> bool:
+        return self._journal.emit(kind, self.step if step is None else step, **fields)
