@@ -216,7 +216,9 @@ def test_average_and_moments_follow_the_recipe() -> None:
     plain = memory(load_recipe(RECIPES / "tiny.toml"))
     found = memory(load_recipe(RECIPES / "tiny.toml", ["training.ema_decay=0.9", 'optimizer.moments="fp32"']))
     assert plain.ema == 0 and found.ema == found.masters and found.moments == 2 * plain.moments
-    assert found.total - plain.total == found.ema + plain.moments
+    assert found.total - plain.total == 2 * (found.ema + plain.moments)  # a checkpoint is written from a copy
+    at_once = memory(load_recipe(RECIPES / "tiny.toml", ["checkpoint.asynchronous=false"]))
+    assert at_once.checkpoint_copy == 0 and plain.total - at_once.total == plain.masters + plain.moments
 
 
 def test_tokens_are_those_of_a_micro_batch() -> None:

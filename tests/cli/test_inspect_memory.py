@@ -70,7 +70,7 @@ def test_every_recipe_is_predicted_without_allocating(recipe: str, monkeypatch: 
 
     monkeypatch.setattr(builtins, "__import__", no_torch)
     found = facts(recipe)
-    parts = ("masters", "gradients", "moments", "operands", "ema", "saved_bytes")
+    parts = ("masters", "gradients", "moments", "operands", "ema", "checkpoint_copy", "saved_bytes")
     assert found["total"] == sum(found[part] for part in parts)
     assert found["saved_bytes_ratio"] is None and found["measured"] is None
 

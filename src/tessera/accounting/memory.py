@@ -1,8 +1,9 @@
 """The memory of a training run of a recipe: what lives throughout, and what a micro-batch keeps for backward.
 
 Parameters are FP32 masters, and FP32 gradients beside them; both moments have the optimizer's dtype; the moving
-average, where there is one, is FP32 in CPU memory. The linears' weights live a second time as the operands of their
-GEMMs: FP8 codes with a scale a tile, or BF16; in FP32 the master is the operand.
+average, where there is one, is FP32 in CPU memory. A checkpoint that is written beside the steps is written from a copy
+of all of these, in CPU memory too. The linears' weights live a second time as the operands of their GEMMs: FP8 codes with
+a scale a tile, or BF16; in FP32 the master is the operand.
 
 Not counted: what a step needs for a moment (a layer's gradients, the optimizer's working copies, one chunk of logits),
 and the program itself; `inspect memory --measure` and benchmarks/memory.py measure.
@@ -23,13 +24,17 @@ _MOMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `saved` is of one micro-batch of `tokens` tokens, listed in `tensors`; `ema` lies in CPU memory."""
+    """Bytes. `saved` is of one micro-batch of `tokens` tokens, listed in `tensors`.
+
+    `ema` and `checkpoint_copy` lie in CPU memory.
+    """
 
     masters: int
     gradients: int
     moments: int
     operands: int
     ema: int
+    checkpoint_copy: int
     tokens: int
     tensors: list[SavedTensor]
 
@@ -50,7 +55,8 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it, on one device and one CPU together."""
-        return self.masters + self.gradients + self.moments + self.operands + self.ema + self.saved
+        cpu = self.ema + self.checkpoint_copy
+        return self.masters + self.gradients + self.moments + self.operands + cpu + self.saved
 
     def layer(self, number: int) -> int:
         """Bytes a token that one layer keeps, MTP blocks counted after the trunk's layers."""
@@ -70,12 +76,15 @@ def memory(recipe: Recipe) -> Memory:
     trained = counts.total + counts.mtp_total
     sequences = recipe.training.micro_batch_size or recipe.largest_batch_size()
     weights = [*trunk_weights(recipe.model), *mtp_weights(recipe.model)]
+    masters, moments = 4 * trained, 2 * _MOMENT_BYTES[recipe.optimizer.moments] * trained
+    ema = 0 if recipe.training.ema_decay is None else masters
     return Memory(
-        masters=4 * trained,
-        gradients=4 * trained,
-        moments=2 * _MOMENT_BYTES[recipe.optimizer.moments] * trained,
+        masters=masters,
+        gradients=masters,
+        moments=moments,
         operands=sum(_operand_bytes(weight, recipe) for weight in weights if weight.part in FP8_PARTS),
-        ema=0 if recipe.training.ema_decay is None else 4 * trained,
+        ema=ema,
+        checkpoint_copy=masters + moments + ema if recipe.checkpoint.asynchronous else 0,
         tokens=sequences * recipe.data.sequence_length,
         tensors=saved_tensors(recipe.model, recipe.numerics, recipe.memory),
     )

@@ -67,6 +67,7 @@ def _facts(recipe: Recipe, found: "Memory") -> dict[str, Any]:
         "moments": found.moments,
         "operands": found.operands,
         "ema": found.ema,
+        "checkpoint_copy": found.checkpoint_copy,
         "tokens": found.tokens,
         "saved_bytes_per_token": found.saved_per_token,
         "saved_bytes_fixed": found.saved_fixed,
@@ -98,6 +99,7 @@ def _print_throughout(recipe: Recipe, found: "Memory") -> None:
         ("moments of AdamW", recipe.optimizer.moments, found.moments),
         ("linears' weights as operands", operands, found.operands),
         ("moving average (in CPU memory)", "fp32", found.ema),
+        ("copy for a checkpoint (in CPU memory)", "as above", found.checkpoint_copy),
         (f"kept for backward, {found.tokens:,} tokens", "see below", found.saved),
     ]
     for what, format, size in rows:

@@ -16,6 +16,7 @@ _LIVES = {
     "moments": "moments of AdamW",
     "operands": "weights as GEMM operands",
     "ema": "moving average (CPU memory)",
+    "checkpoint_copy": "copy for a checkpoint (CPU memory)",
     "saved": "kept for backward",
 }
 
