@@ -35,6 +35,8 @@ SCALED_DOWN = [
 RUN: dict[str, list[str]] = {
     "tessera train recipes/small.toml --set data.source=my_texts": SCALED_DOWN,
     "tessera train recipes/small.toml --from runs/small --set data.source=my_texts --out runs/stage2": SCALED_DOWN,
+    "tessera inspect memory recipes/tiny.toml --measure": ["data.batch_size=2"],
+    "tessera inspect memory recipes/deepseek-v3.toml": [],
 }
 # Parsed only: they take minutes. tests/cli makes comparisons, and interrupts and resumes, with a small model.
 ONLY_PARSED = {
