@@ -41,6 +41,7 @@ def test_a_layer_with_experts_keeps_a_fifth_of_plain_autograd_and_as_much_as_pre
     layer = measured["layer_with_experts"]
     assert found["saved_bytes_ratio"] == layer["tessera"] / layer["plain"]
     assert layer["transformers"] > layer["plain"]
+    assert found["saved_bytes_ratio_to_transformers"] == layer["tessera"] / layer["transformers"]
     # The table of rotations, which all layers and both sequences share, is in the measured layer, not in the predicted.
     rotation = next(row["bytes_per_token"] for row in found["tensors"] if row["name"].startswith("rotation")) / 2
     assert layer["tessera"] - rotation == pytest.approx(found["layers"][1], rel=0.01)
@@ -73,6 +74,7 @@ def test_every_recipe_is_predicted_without_allocating(recipe: str, monkeypatch: 
     parts = ("masters", "gradients", "moments", "operands", "ema", "checkpoint_copy", "saved_bytes")
     assert found["total"] == sum(found[part] for part in parts)
     assert found["saved_bytes_ratio"] is None and found["measured"] is None
+    assert found["saved_bytes_ratio_to_transformers"] is None
 
 
 def test_the_bf16_twin_and_an_average_are_counted() -> None:

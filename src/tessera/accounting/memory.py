@@ -2,8 +2,8 @@
 
 Parameters are FP32 masters, and FP32 gradients beside them; both moments have the optimizer's dtype; the moving
 average, where there is one, is FP32 in CPU memory. A checkpoint that is written beside the steps is written from a copy
-of all of these, in CPU memory too. The linears' weights live a second time as the operands of their GEMMs: FP8 codes with
-a scale a tile, or BF16; in FP32 the master is the operand.
+of all of these, in CPU memory too. The linears' weights live a second time as the operands of their GEMMs: FP8 codes
+with a scale a tile, or BF16; in FP32 the master is the operand.
 
 Not counted: what a step needs for a moment (a layer's gradients, the optimizer's working copies, one chunk of logits),
 and the program itself; `inspect memory --measure` and benchmarks/memory.py measure.

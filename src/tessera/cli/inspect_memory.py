@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tessera.accounting import Memory
 
 BAR = 30  # characters of the longest bar
+MEASURED = ("saved_bytes_ratio", "saved_bytes_ratio_to_transformers", "measured")  # None without --measure
 
 
 def memory(
@@ -33,7 +34,7 @@ def memory(
     found = accounting.memory(resolved)
     measured = _measured(resolved, found) if measure else None
     if json:
-        print_json(_facts(resolved, found) | {"saved_bytes_ratio": None, "measured": None} | (measured or {}))
+        print_json(_facts(resolved, found) | (measured or dict.fromkeys(MEASURED)))
         return
     _print_throughout(resolved, found)
     _print_saved(resolved, found)
@@ -87,7 +88,8 @@ def _measured(recipe: Recipe, found: "Memory") -> dict[str, Any]:
     layer = measure_layer(recipe) if recipe.model.num_moe_layers else None
     facts: dict[str, Any] = asdict(step) | {"total": step.total, "predicted": found.saved}
     facts["layer_with_experts"] = asdict(layer) if layer else None
-    return {"saved_bytes_ratio": layer.ratio if layer else None, "measured": facts}
+    ratios = (layer.ratio, layer.ratio_to_transformers) if layer else (None, None)
+    return dict(zip(MEASURED, (*ratios, facts), strict=True))
 
 
 def _print_throughout(recipe: Recipe, found: "Memory") -> None:
@@ -168,5 +170,5 @@ def _print_measured(facts: dict[str, Any]) -> None:
     if layer["transformers"] is None:
         print("transformers  not measured: it is not installed")
     else:
-        ratio = layer["tessera"] / layer["transformers"]
+        ratio = facts["saved_bytes_ratio_to_transformers"]
         print(f"transformers  its layer in BF16 keeps {layer['transformers']:,.0f} bytes a token: {ratio:.3f} of it")

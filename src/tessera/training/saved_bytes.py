@@ -87,6 +87,11 @@ class LayerBytes:
         """Of tessera's bytes to those of plain PyTorch in BF16."""
         return self.tessera / self.plain
 
+    @property
+    def ratio_to_transformers(self) -> float | None:
+        """Of tessera's bytes to those of transformers' layer in BF16."""
+        return None if self.transformers is None else self.tessera / self.transformers
+
 
 def measure_step(recipe: Recipe) -> StepBytes:
     """One micro-batch of the recipe; raises UserError where the model does not fit this machine's free memory."""
