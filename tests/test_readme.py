@@ -47,6 +47,7 @@ ONLY_PARSED = {
     "tessera compare recipes/tiny.toml --set data.source=my_texts --out runs/mine",
     "tessera train --resume runs/small",
     "tessera train --resume runs/small/checkpoints/step-40",
+    "tessera compare --resume runs/tiny --ablations",
     "tessera compare --resume runs/tiny --control 2 --ablations --accumulation",
 }
 # The table of the README, with what stands for its words; run where the words lead to something cheap.
