@@ -53,7 +53,7 @@ class Step:
 
             read_weights(checkpoint, self.model)
         length = recipe.data.sequence_length
-        text = saved_bytes._tokens(recipe.model, sequences, length + 1)
+        text = saved_bytes.random_tokens(recipe.model, sequences, length + 1)
         self.batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.zeros(sequences, length))
         self.share = Share(sequences * length, sequences, 0.3, 1e-4)
 
@@ -110,7 +110,7 @@ def peak(system: str, recipe, sequences: int) -> int:
         model = Transformer(section, policy, keep=keeps()[system], seed=1)
 
         def run_layer(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-            place = model._place(torch.zeros(x.shape[:2], dtype=torch.int64), None, None)
+            place = model.place(torch.zeros(x.shape[:2], dtype=torch.int64), None, None)
             return layer(x.flatten(0, 1), place)[0].view(x.shape)
 
         stack = [partial(run_layer, layer) for layer in model.model.layers]
@@ -119,7 +119,7 @@ def peak(system: str, recipe, sequences: int) -> int:
     else:
         stack = []
         for _ in range(LAYERS):
-            layer = saved_bytes._transformers_layer(section, length)
+            layer = saved_bytes.transformers_layer(section, length)
             if layer is None:
                 return 0
             stack.append(layer[1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tessera.accounting import memory, saved_rows, saved_tensors
 from tessera.accounting.saved import KINDS
 from tessera.model import Transformer
-from tessera.numerics import Policy, Weight
+from tessera.numerics import Policy, RoleKind, Weight
 from tessera.ops.chunked_loss import chunked_loss
 from tessera.ops.keep import Keep
 from tessera.recipe import MemorySection, ModelSection, NumericsSection, load_recipe
@@ -22,14 +22,7 @@ from tests.model import shapes
 RECIPES = Path(__file__).parents[2] / "recipes"
 BATCH, LENGTH = 3, 14
 TOKENS = BATCH * LENGTH
-# Widths beyond a tile and no multiple of one, an odd width for 12-bit codes, two MTP blocks.
-SECTION = shapes.section(
-    hidden_size=136,
-    intermediate_size=200,
-    moe_intermediate_size=132,
-    v_head_dim=45,
-    num_nextn_predict_layers=2,
-)
+SECTION = shapes.section(**shapes.BEYOND_A_TILE)
 OTHER_SHAPE: dict[str, Any] = {"q_lora_rank": None, "n_shared_experts": 0, "norm_topk_prob": False}
 NUMERICS: dict[str, dict[str, Any]] = {
     "fp8": {},
@@ -158,6 +151,32 @@ def test_what_is_listed_is_what_autograd_keeps(name: str, switches: list[str], c
     found, owed = kept_in_a_step(model), promised(section, numerics, saved)
     assert sums(found) == sums(owed)
     assert Counter(e for e in found if e[1] == "codes") == Counter(e for e in owed if e[1] == "codes")
+
+
+@pytest.mark.parametrize("name", ["fp8", "deepseek-v3", "row", "tensor"])
+def test_formats_tiles_and_scales_are_those_of_the_roles(name: str) -> None:
+    """Bytes do not show them: the preset "deepseek-v3" has other scales in as many bytes."""
+    numerics = NumericsSection(**NUMERICS[name])
+    policy = Policy(**numerics.model_dump())
+    owed = {
+        "input of q_a_proj, kv_a_proj": policy.role(RoleKind.ATTENTION_INPUT).input,
+        "input of q_b_proj": policy.role(RoleKind.ATTENTION_UP).input,
+        "input of kv_b_proj": policy.role(RoleKind.ATTENTION_UP).input,
+        "input of o_proj": policy.role(RoleKind.ATTENTION_OUTPUT).input_cache,
+        "input of gate_up_proj": policy.role(RoleKind.DENSE_GATE_UP).input,
+        "gate and up": policy.role(RoleKind.DENSE_GATE_UP).gate_up_cache,
+        "input of the experts": policy.role(RoleKind.EXPERT_GATE_UP).input,
+        "input of 3 experts, gathered": policy.role(RoleKind.EXPERT_GATE_UP).input,
+        "gate and up, 3 experts": policy.role(RoleKind.EXPERT_GATE_UP).gate_up_cache,
+        "gate and up, shared experts": policy.role(RoleKind.EXPERT_GATE_UP).gate_up_cache,
+    }
+    coded = [t for t in saved_tensors(SECTION, numerics, without("recompute_norms", "regather_tokens")) if t.tile]
+    assert {tensor.name for tensor in coded} == owed.keys()
+    for tensor in coded:
+        q = owed[tensor.name]
+        assert q is not None
+        tile = "x".join(str(extent or "all") for extent in (q.tile.rows, q.tile.columns))
+        assert (tensor.format, tensor.tile, tensor.scale) == (q.format.name, tile, q.scale_mode), tensor.name
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -32,6 +32,14 @@ TINY: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "initializer_range": 0.15,
 }
+# Widths beyond a tile and no multiple of one, an odd width for 12-bit codes, two MTP blocks.
+BEYOND_A_TILE: dict[str, Any] = {
+    "hidden_size": 136,
+    "intermediate_size": 200,
+    "moe_intermediate_size": 132,
+    "v_head_dim": 45,
+    "num_nextn_predict_layers": 2,
+}
 GROUPS: dict[str, Any] = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 YARN: dict[str, Any] = {
     "rope_scaling": {

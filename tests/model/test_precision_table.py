@@ -21,14 +21,7 @@ from tests.model import shapes
 
 BATCH, LENGTH = 3, 14
 TOKENS = BATCH * LENGTH
-# Widths beyond a tile and no multiple of one, an odd width for 12-bit codes, two MTP blocks.
-SECTION = shapes.section(
-    hidden_size=136,
-    intermediate_size=200,
-    moe_intermediate_size=132,
-    v_head_dim=45,
-    num_nextn_predict_layers=2,
-)
+SECTION = shapes.section(**shapes.BEYOND_A_TILE)
 POLICIES = {
     "fp8": Policy(),
     "bf16": Policy(precision="bf16"),
@@ -36,7 +29,7 @@ POLICIES = {
     "deepseek-v3": Policy(scales="deepseek-v3"),
     "row": Policy(tiles="row"),
 }
-WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "int64", torch.complex64: "complex64"}
+WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def spelled(name: str) -> Iterator[tuple[str, int]]:

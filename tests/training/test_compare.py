@@ -302,7 +302,7 @@ def test_each_criterion_alone_can_fail_the_verdict(recipe_with: Callable[..., Re
 def test_a_control_that_diverged_is_no_control(recipe_with: Callable[..., Recipe], tmp_path: Path) -> None:
     drift = {"bf16": 0.0, "fp8": 0.003, "control-1": 0.0, "control-2": 0.0}
     comparison = written_comparison(recipe_with(training={"steps": 500}), tmp_path / "out", drift)
-    RunFolder.open(comparison.run_path("control-2")).set_state("failed", 499, nonfinite="the loss")
+    RunFolder.open(comparison.run_path("control-2")).set_state("failed", 499, stopped="not finite in the loss")
     summary = compare.summarise(comparison, FIGURES)
     assert summary["relative_loss_error"] == "not resolved"
     assert "1 finished control run" in summary["relative_loss_error_reason"]

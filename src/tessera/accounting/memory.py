@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from math import prod
 
 from tessera.accounting.parameters import parameters
-from tessera.accounting.saved import SavedTensor, saved_tensors
+from tessera.accounting.saved import TILE, SavedTensor, saved_tensors
 from tessera.accounting.weights import Weight, mtp_weights, trunk_weights
 from tessera.recipe import Recipe
 
-TILE = 128  # edge of a weight's tiles
 FP8_PARTS = ("attention", "dense MLP", "shared experts", "routed experts")  # parts whose matrices are FP8's
 _MOMENT_BYTES = {"bf16": 2, "fp32": 4}
 

@@ -16,7 +16,7 @@ from typing import Any
 from tessera.accounting.grouping import grouped, place
 from tessera.recipe import MemorySection, ModelSection, NumericsSection
 
-TILE = 128  # columns of an activation that share a scale
+TILE = 128  # columns of an activation, and rows and columns of a weight, that share a scale
 _BYTES = {"fp32": 4, "bf16": 2, "int64": 8, "complex64": 8}
 _TILES = {"block": "1x128", "row": "1xall", "tensor": "allxall"}
 
@@ -61,6 +61,8 @@ def saved_rows(tensors: Iterable[SavedTensor]) -> list[dict[str, Any]]:
 
 
 class _Saved:
+    """The tensors of each op, one method an op or a module; a `part` is filled in by whoever knows it."""
+
     def __init__(self, model: ModelSection, numerics: NumericsSection, memory: MemorySection) -> None:
         self.model, self.memory = model, memory
         self.fp8 = numerics.precision == "fp8"

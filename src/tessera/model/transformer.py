@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         the own affinities.
         """
         section = self.section
-        place = self._place(tokens, positions, document_ids)
+        place = self.place(tokens, positions, document_ids)
         replayed = iter(self._checked(routing, section.num_moe_layers, tokens) or ())
         x = self._embed(tokens)
         routings: list[Routing] = []
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         block = self.model.layers[self.section.num_hidden_layers + depth - 1]
         assert isinstance(block, MtpBlock)
         replayed = self._checked(routing, 1, next_tokens)
-        place = self._place(next_tokens, positions, document_ids)
+        place = self.place(next_tokens, positions, document_ids)
         hidden, carry, decided = block.draft(
             self._embed(next_tokens), carry.flatten(0, 1), place, replayed[0] if replayed else None
         )
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         rows = torch.nn.functional.embedding(tokens.flatten(), self.model.embed_tokens.weight)
         return rows.to(self.policy.activation_dtype)
 
-    def _place(self, tokens: Tensor, positions: Tensor | None, document_ids: Tensor | None) -> Place:
+    def place(self, tokens: Tensor, positions: Tensor | None, document_ids: Tensor | None) -> Place:
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device)

@@ -66,8 +66,10 @@ class _ExpertMlp(torch.autograd.Function):
         y = gemm.fprop(product, experts.down.operand(), down.precision.accumulation, dtype, slots.offsets)
         if keep:
             ctx.experts, ctx.dispatcher, ctx.regather, ctx.dtype = experts, dispatcher, keep.regather_tokens, x.dtype
-            if not keep.regather_tokens:
-                kept = keep.linear_input(up, rows, x.detach().index_select(0, slots.token))
+            if not keep.regather_tokens and up.precision.quantised and not keep.fp8_linear_inputs:
+                kept = Again(up.input_again, dispatcher.dispatch(x.detach(), slots))
+            elif not keep.regather_tokens:
+                kept = rows
             save(ctx, kept, keep.swiglu_input(up, gate_up), routing_weights, expert_ids)
         return dispatcher.combine(y, slots, x.shape[0])
 

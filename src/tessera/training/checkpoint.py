@@ -4,7 +4,7 @@
       model/          FP32 masters and routing biases
       optimizer/      both moments
       ema/            where the recipe keeps averages: they, and the routing biases again
-      state.json      step, data position, tokens, random streams, length of the event file
+      state.json      step, data position, tokens, random streams, stability's numbers, length of the event file
       recipe.toml     the resolved recipe
       tokenizer.json  the tokenizer, so that the folder can be used alone
       manifest.json   bytes and SHA-256 of the others; written last

@@ -255,7 +255,7 @@ def _state(comparison: Comparison, arm: str) -> str:
     facts = RunFolder.open(path).state() if (path / "run.json").is_file() else {"state": "absent"}
     if facts["state"] == "finished":
         return "finished"
-    stopped = facts.get("stopped") or facts.get("nonfinite")  # the latter: of an earlier tessera
+    stopped = facts.get("stopped")
     return "diverged" if stopped and arm != "bf16" else "open"
 
 

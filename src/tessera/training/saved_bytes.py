@@ -105,7 +105,7 @@ def measure_step(recipe: Recipe) -> StepBytes:
         saved.watch(str(i), layer.mlp)
     length = recipe.data.sequence_length
     size = memory(recipe).tokens // length
-    text = _tokens(section, size, length + 1)
+    text = random_tokens(section, size, length + 1)
     documents = torch.zeros(size, length, dtype=torch.int64)
     batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), documents)
     masked = documents if not recipe.data.cross_document_attention else None
@@ -133,10 +133,10 @@ def measure_layer(recipe: Recipe) -> LayerBytes:
     size, length = 2, recipe.data.sequence_length
     x = torch.randn(size, length, section.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     model = _model(alone)
-    place = model._place(torch.zeros(size, length, dtype=torch.int64), None, None)
+    place = model.place(torch.zeros(size, length, dtype=torch.int64), None, None)
     ours = model.model.layers[0]
     rows = x.flatten(0, 1).to(model.policy.activation_dtype)
-    plain, theirs = PlainLayer(alone.model), _transformers_layer(alone.model, length)
+    plain, theirs = PlainLayer(alone.model), transformers_layer(alone.model, length)
     return LayerBytes(
         size * length,
         _bytes_a_token(ours, rows, lambda x: ours(x, place)),
@@ -157,7 +157,7 @@ def _model(recipe: Recipe) -> Transformer:
     return Transformer(recipe.model, policy, keep=keep)
 
 
-def _tokens(section: ModelSection, size: int, length: int) -> Tensor:
+def random_tokens(section: ModelSection, size: int, length: int) -> Tensor:
     return torch.randint(section.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -172,7 +172,7 @@ def _require_memory(recipe: Recipe) -> None:
         )
 
 
-def _transformers_layer(section: ModelSection, length: int) -> tuple[nn.Module, Callable[[Tensor], Any]] | None:
+def transformers_layer(section: ModelSection, length: int) -> tuple[nn.Module, Callable[[Tensor], Any]] | None:
     """transformers' layer with experts in BF16 and its forward pass, or None where it is not installed."""
     try:
         from transformers import DeepseekV3Config
