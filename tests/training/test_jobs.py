@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -176,3 +178,19 @@ def test_as_many_jobs_run_at_once_as_there_are_workers_and_no_more(workers: int,
     for line in log.read_text().splitlines():
         at_once.append(at_once[-1] + (1 if line.startswith("+") else -1))
     assert len(at_once) == 7 and max(at_once) == workers
+
+
+def is_sigint_blocked(emit: Emit) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_of_a_terminal_reaches_no_job_not_even_the_first_of_a_program() -> None:
+    """In a program of its own: the first process that `multiprocessing` starts there is not like the later ones."""
+    lines = [
+        "from tests.training.test_jobs import is_sigint_blocked",
+        "from tessera.training.jobs import Job, run_jobs",
+        "jobs = [Job(name, is_sigint_blocked, ()) for name in 'abc']",
+        "print(run_jobs(jobs, 2, print))",
+    ]
+    program = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert program.stdout == "{'a': True, 'b': True, 'c': True}\n", program.stderr

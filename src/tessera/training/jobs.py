@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -44,6 +45,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, observer: Callable[[str, dict[st
     on a signal; KeyboardInterrupt on a second Ctrl-C, which ends the jobs at once, without a checkpoint.
     """
     context = multiprocessing.get_context("spawn")
+    # The first process of a program starts the tracker as well, and that unblocks SIGINT (Python 3.11 to 3.13): the
+    # first job would inherit it unblocked, and die of a Ctrl-C that comes before it can answer.
+    resource_tracker.ensure_running()
     waiting, running, results = list(jobs), dict[str, tuple[SpawnProcess, Connection]](), dict[str, Any]()
     with finish_on_signal() as wish, _ended_with(running):
         while waiting or running:
