@@ -7,14 +7,15 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard src/tessera/native/source/*)
 # One thread a process: two OpenMP threads that spin on a busy machine can be ten times slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install train test soak lint docs
+.PHONY: install native train test soak lint docs
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
 	  || { echo "tessera needs Python 3.11 or 3.12; choose one with: make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,3 +39,8 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m tessera.recipe.document > docs/recipe.md
+
+# After a change of the kernels' sources: as `make install` does, without asking pip.
+native:
+	$(BIN)/python -m pip install --quiet 'setuptools>=77'
+	$(BIN)/python setup.py -q build_ext --inplace

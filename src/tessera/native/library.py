@@ -1,0 +1,50 @@
+"""Finding and opening the compiled kernels, and what this machine can run of them."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+VERSION = 1  # of the C interface; source/features.cpp has the same number
+PATH = Path(__file__).parent / "kernels.so"
+# From the best to the one that always runs, with the bit of source/features.cpp that says the machine has it.
+SETS = {"amx": 8, "avx512_bf16": 4, "avx512": 2, "avx2": 1, "portable": 0}
+
+
+@dataclass(frozen=True)
+class Library:
+    """`handle`: the opened library or None; `problem`: why there is none; `sets`: usable sets, best first."""
+
+    handle: ctypes.CDLL | None
+    problem: str
+    sets: tuple[str, ...]
+
+
+@cache
+def library() -> Library:
+    """The library, opened once in a process."""
+    if not PATH.is_file():
+        return Library(None, "the native kernels were not built (no C++ compiler when tessera was installed?)", ())
+    try:
+        handle = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return Library(None, f"{PATH} cannot be loaded: {error}", ())
+    handle.tessera_version.restype = handle.tessera_features.restype = ctypes.c_int64
+    if (found := handle.tessera_version()) != VERSION:
+        return Library(None, f"{PATH} has interface {found}, this tessera needs {VERSION}: install it again", ())
+    features = handle.tessera_features()
+    return Library(handle, "", tuple(name for name, bit in SETS.items() if features & bit == bit))
+
+
+def available() -> bool:
+    return library().handle is not None
+
+
+def problem() -> str:
+    """Why there are no native kernels; empty when there are."""
+    return library().problem
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What this machine can run, best first; empty without the library."""
+    return library().sets
