@@ -1,8 +1,8 @@
 """The native kernels' build; everything else about the package is in pyproject.toml.
 
 One shared library with a plain C interface: no Python or torch headers, so it compiles in seconds and fits any version
-of either. Each source file is compiled once for every instruction set it has a variant for, with that set's flags alone.
-Without a compiler, or with one that lacks a set, the install goes on: tessera then uses its PyTorch kernels, and
+of either. Each source file is compiled once for every instruction set it has a variant for, with the flags of that set
+alone. Without a compiler, or with one that lacks a set, the install goes on: tessera then uses its PyTorch kernels, and
 `tessera doctor` says so.
 """
 

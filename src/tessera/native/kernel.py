@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _shares(rows: int, grain: int, work: int) -> list[tuple[int, int]]:
     grains = -(-rows // grain)
     count = max(1, min(torch.get_num_threads(), grains, rows * work // SMALLEST_SHARE))
     bounds = [min(grains * i // count * grain, rows) for i in range(count + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 @cache
