@@ -7,14 +7,14 @@
 // from SPECIAL on magnitudes are infinite or NaN.
 template <int FRACTION, int BIAS_, uint32_t LARGEST_BITS, uint32_t NAN_, uint32_t SPECIAL_>
 struct Format {
-    enum : int { M = FRACTION, BIAS = BIAS_, SIGN_SHIFT = FRACTION == 6 ? 11 : 7 };
-    enum : uint32_t { LARGEST = LARGEST_BITS, NAN_CODE = NAN_, SPECIAL = SPECIAL_ };
+    static constexpr int M = FRACTION, BIAS = BIAS_, SIGN_SHIFT = FRACTION == 6 ? 11 : 7;
+    static constexpr uint32_t LARGEST = LARGEST_BITS, NAN_CODE = NAN_, SPECIAL = SPECIAL_;
 };
 typedef Format<3, 7, 0x43E00000, 0x7F, 0x7F> E4M3;      // 448
 typedef Format<2, 15, 0x47600000, 0x7F, 0x7C> E5M2;     // 57,344
 typedef Format<6, 15, 0x477E0000, 0x7FF, 0x7C0> E5M6;   // 65,024
 
-enum : uint32_t { MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000, FRACTION_MASK = 0x007FFFFF, ONE = 0x3F800000 };
+static constexpr uint32_t MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000, FRACTION_MASK = 0x007FFFFF;
 
 struct Scale {
     float scale, inverse;
@@ -31,61 +31,57 @@ INLINE Scale scale_of(uint32_t amax, bool power_of_two) {
     if (exponent < 1) exponent = 1;
     Scale found = {from_bits((uint32_t)exponent << 23), from_bits((uint32_t)(254 - exponent) << 23)};
     if (power_of_two) return found;
-    float scale = from_bits(amax) / from_bits((uint32_t)F::LARGEST);
+    float scale = from_bits(amax) / from_bits(F::LARGEST);
     float inverse = 1.0f / scale;
     return (bits(inverse) & MAGNITUDE) < INFINITE ? Scale{scale, inverse} : found;
 }
 
 // Codes of finite y, |y| <= the largest value: round to nearest even, the sign of zero kept.
 template <typename F>
-INLINE u32x16 encode(f32x16 y) {
-    enum : uint32_t { DROPPED = 23 - F::M, SMALLEST_NORMAL = (uint32_t)(128 - F::BIAS) << 23 };
+INLINE u32v encode(f32v y) {
+    constexpr uint32_t DROPPED = 23 - F::M, SMALLEST_NORMAL = (uint32_t)(128 - F::BIAS) << 23;
     // Adding this number leaves a sum whose last bit is worth one subnormal step, rounded by the addition itself.
-    const uint32_t MAGIC = (uint32_t)(127 + 24 - F::BIAS - F::M) << 23;
-    u32x16 u = bits(y), magnitude = u & MAGNITUDE;
-    u32x16 rounded = magnitude + ((1u << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1);
-    u32x16 normal = (rounded >> DROPPED) - ((uint32_t)(127 - F::BIAS) << F::M);
-    u32x16 subnormal = bits(from_bits(magnitude) + splat(from_bits(MAGIC))) - MAGIC;
-    u32x16 code = choose(magnitude < SMALLEST_NORMAL, subnormal, normal);
+    constexpr uint32_t MAGIC = (uint32_t)(127 + 24 - F::BIAS - F::M) << 23;
+    u32v u = bits(y), magnitude = u & MAGNITUDE;
+    u32v rounded = magnitude + ((1u << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1);
+    u32v normal = (rounded >> DROPPED) - ((uint32_t)(127 - F::BIAS) << F::M);
+    u32v subnormal = bits(from_bits(magnitude) + splat(from_bits(MAGIC))) - MAGIC;
+    u32v code = choose(magnitude < SMALLEST_NORMAL, subnormal, normal);
     return code | ((u >> (31 - F::SIGN_SHIFT)) & (1u << F::SIGN_SHIFT));
 }
 
 // Values of codes without their scale; exact. NaN codes give NaN, E5M2's and E5M6's infinities infinity.
 template <typename F>
-INLINE f32x16 decode(u32x16 code) {
-    u32x16 magnitude = code & ((1u << F::SIGN_SHIFT) - 1);
-    u32x16 normal = (magnitude << (23 - F::M)) + ((uint32_t)(127 - F::BIAS) << 23);
-    f32x16 steps = __builtin_convertvector((i32x16)magnitude, f32x16);
-    u32x16 subnormal = bits(steps * splat(from_bits((uint32_t)(127 + 1 - F::BIAS - F::M) << 23)));
-    u32x16 value = choose(magnitude < (1u << F::M), subnormal, normal);
-    u32x16 special = (magnitude << (23 - F::M)) | INFINITE;
-    value = choose(magnitude >= (uint32_t)F::SPECIAL, F::M == 3 ? splat(0x7FC00000u) : special, value);
+INLINE f32v decode(u32v code) {
+    u32v magnitude = code & ((1u << F::SIGN_SHIFT) - 1);
+    u32v normal = (magnitude << (23 - F::M)) + ((uint32_t)(127 - F::BIAS) << 23);
+    f32v steps = __builtin_convertvector((i32v)magnitude, f32v);
+    u32v subnormal = bits(steps * splat(from_bits((uint32_t)(127 + 1 - F::BIAS - F::M) << 23)));
+    u32v value = choose(magnitude < (1u << F::M), subnormal, normal);
+    u32v special = (magnitude << (23 - F::M)) | INFINITE;
+    value = choose(magnitude >= F::SPECIAL, F::M == 3 ? splat(0x7FC00000u) : special, value);
     return from_bits(value | ((code & (1u << F::SIGN_SHIFT)) << (31 - F::SIGN_SHIFT)));
 }
 
-INLINE uint32_t largest_lane(u32x16 v) {
+INLINE uint32_t largest_lane(u32v v) {
     uint32_t most = 0;
     for (int i = 0; i < LANES; ++i) most = v[i] > most ? v[i] : most;
     return most;
 }
 
-INLINE u32x16 larger(u32x16 a, u32x16 b) { return choose(a > b, a, b); }
+INLINE u32v larger(u32v a, u32v b) { return choose(a > b, a, b); }
 
 // Bits of the magnitudes that are finite; zero for the others.
-INLINE u32x16 finite_magnitude(f32x16 x) {
-    u32x16 magnitude = bits(x) & MAGNITUDE;
-    return choose(magnitude < INFINITE, magnitude, u32x16{});
+INLINE u32v finite_magnitude(f32v x) {
+    u32v magnitude = bits(x) & MAGNITUDE;
+    return choose(magnitude < INFINITE, magnitude, u32v{});
 }
 
-// The sixteen codes of x under a tile's scale. `CHECKED`: the tile has elements that are not finite.
-template <typename F, bool POWER, bool CHECKED>
-INLINE u32x16 codes_of(f32x16 x, f32x16 inverse) {
-    f32x16 y = x * inverse;
-    if (!POWER) {  // rounding of the scale may have left the range
-        f32x16 most = splat(from_bits((uint32_t)F::LARGEST));
-        y = choose(y > most, most, y);
-        y = choose(y < -most, -most, y);
-    }
-    u32x16 code = encode<F>(y);
-    return CHECKED ? choose((bits(x) & MAGNITUDE) < INFINITE, code, splat((uint32_t)F::NAN_CODE)) : code;
+// The codes of x under a tile's scale; of elements that are not finite the code is not defined.
+template <typename F>
+INLINE u32v codes_of(f32v x, f32v inverse) {
+    f32v y = x * inverse, most = splat(from_bits(F::LARGEST));
+    y = choose(y > most, most, y);  // a float32 scale is rounded, and may leave the range; a power of two never does
+    y = choose(y < -most, -most, y);
+    return encode<F>(y);
 }

@@ -19,16 +19,25 @@
 #define TESSERA_ENTRY(type, name) \
     extern "C" __attribute__((visibility("default"))) type TESSERA_PASTE(tessera_, TESSERA_ISA, name)
 
-#define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // of a member or lambda
+#define INLINE static ALWAYS_INLINE
 
-// Sixteen lanes whatever the machine has: the compiler splits them into registers of its own size.
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
+// As many lanes as a register has. The compiler's vector extensions then cover every set; wider vectors than the machine
+// has would be taken apart element by element.
+#if defined(__AVX512F__)
+#define TESSERA_LANES 16
+#elif defined(__AVX2__)
+#define TESSERA_LANES 8
+#else
+#define TESSERA_LANES 4
+#endif
+enum { LANES = TESSERA_LANES };
 
-enum { LANES = 16 };
+typedef float f32v __attribute__((vector_size(4 * TESSERA_LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * TESSERA_LANES)));
+typedef uint32_t u32v __attribute__((vector_size(4 * TESSERA_LANES)));
+typedef uint16_t u16v __attribute__((vector_size(2 * TESSERA_LANES)));
+typedef uint8_t u8v __attribute__((vector_size(TESSERA_LANES)));
 
 template <typename V>
 INLINE V load(const void* from) {
@@ -42,7 +51,7 @@ INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof(V));
 }
 
-// The first `count` < 16 elements; the other lanes are zero, and no byte behind the last is read.
+// The first `count` < LANES elements; the other lanes are zero, and no byte behind the last is read.
 template <typename V>
 INLINE V load_part(const void* from, int64_t count) {
     V v = {};
@@ -55,12 +64,12 @@ INLINE void store_part(void* to, V v, int64_t count) {
     memcpy(to, &v, sizeof(V) / LANES * (size_t)count);
 }
 
-INLINE f32x16 splat(float x) { return x - f32x16{}; }
-INLINE u32x16 splat(uint32_t x) { return x - u32x16{}; }
-INLINE i32x16 splat(int32_t x) { return x - i32x16{}; }
+INLINE f32v splat(float x) { return x - f32v{}; }
+INLINE u32v splat(uint32_t x) { return x - u32v{}; }
+INLINE i32v splat(int32_t x) { return x - i32v{}; }
 
-INLINE u32x16 bits(f32x16 x) { return (u32x16)x; }
-INLINE f32x16 from_bits(u32x16 x) { return (f32x16)x; }
+INLINE u32v bits(f32v x) { return (u32v)x; }
+INLINE f32v from_bits(u32v x) { return (f32v)x; }
 
 INLINE uint32_t bits(float x) {
     uint32_t u;
@@ -76,21 +85,21 @@ INLINE float from_bits(uint32_t u) {
 // a where the mask's lanes are all ones, b where they are zero.
 template <typename V, typename M>
 INLINE V choose(M mask, V a, V b) {
-    return (V)(((u32x16)mask & (u32x16)a) | (~(u32x16)mask & (u32x16)b));
+    return mask ? a : b;
 }
 
-INLINE u32x16 widen(u16x16 x) { return __builtin_convertvector(x, u32x16); }
-INLINE u32x16 widen(u8x16 x) { return __builtin_convertvector(x, u32x16); }
-INLINE u16x16 narrow16(u32x16 x) { return __builtin_convertvector(x, u16x16); }
-INLINE u8x16 narrow8(u32x16 x) { return __builtin_convertvector(x, u8x16); }
+INLINE u32v widen(u16v x) { return __builtin_convertvector(x, u32v); }
+INLINE u32v widen(u8v x) { return __builtin_convertvector(x, u32v); }
+INLINE u16v narrow16(u32v x) { return __builtin_convertvector(x, u16v); }
+INLINE u8v narrow8(u32v x) { return __builtin_convertvector(x, u8v); }
 
 // BF16 is the upper half of a float32. Rounding is to nearest even; a NaN keeps its upper bits and stays quiet.
 typedef uint16_t bf16;
 
-INLINE f32x16 from_bf16(u16x16 x) { return from_bits(widen(x) << 16); }
-INLINE u16x16 to_bf16(f32x16 x) {
-    u32x16 u = bits(x);
-    u32x16 rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+INLINE f32v from_bf16(u16v x) { return from_bits(widen(x) << 16); }
+INLINE u16v to_bf16(f32v x) {
+    u32v u = bits(x);
+    u32v rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
     return narrow16(choose((u & 0x7FFFFFFF) > 0x7F800000, (u >> 16) | 0x40, rounded));
 }
 INLINE float from_bf16(bf16 x) { return from_bits((uint32_t)x << 16); }
@@ -101,18 +110,18 @@ INLINE bf16 to_bf16(float x) {
 }
 
 // Elements of either type as float32, and back with one rounding.
-INLINE f32x16 read(const float* x) { return load<f32x16>(x); }
-INLINE f32x16 read(const bf16* x) { return from_bf16(load<u16x16>(x)); }
-INLINE f32x16 read_part(const float* x, int64_t count) { return load_part<f32x16>(x, count); }
-INLINE f32x16 read_part(const bf16* x, int64_t count) { return from_bf16(load_part<u16x16>(x, count)); }
-INLINE void write(float* to, f32x16 v) { store(to, v); }
-INLINE void write(bf16* to, f32x16 v) { store(to, to_bf16(v)); }
-INLINE void write_part(float* to, f32x16 v, int64_t count) { store_part(to, v, count); }
-INLINE void write_part(bf16* to, f32x16 v, int64_t count) { store_part(to, to_bf16(v), count); }
+INLINE f32v read(const float* x) { return load<f32v>(x); }
+INLINE f32v read(const bf16* x) { return from_bf16(load<u16v>(x)); }
+INLINE f32v read_part(const float* x, int64_t count) { return load_part<f32v>(x, count); }
+INLINE f32v read_part(const bf16* x, int64_t count) { return from_bf16(load_part<u16v>(x, count)); }
+INLINE void write(float* to, f32v v) { store(to, v); }
+INLINE void write(bf16* to, f32v v) { store(to, to_bf16(v)); }
+INLINE void write_part(float* to, f32v v, int64_t count) { store_part(to, v, count); }
+INLINE void write_part(bf16* to, f32v v, int64_t count) { store_part(to, to_bf16(v), count); }
 
 // One rounding where the set has the instruction, two where it has not; where a result's bits are promised it is not
 // used, or the promise names it.
-INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+INLINE f32v fma(f32v a, f32v b, f32v c) {
 #if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
     for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
