@@ -5,6 +5,6 @@ instruction set, and shares rows among threads. The sources are in source/, one 
 """
 
 from tessera.native.kernel import Kernel
-from tessera.native.library import available, instruction_sets, problem
+from tessera.native.library import available, instruction_sets, problem, require
 
-__all__ = ["Kernel", "available", "instruction_sets", "problem"]
+__all__ = ["Kernel", "available", "instruction_sets", "problem", "require"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.native.library import SETS, library
+from tessera.native.library import library, require
 
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 SMALLEST_SHARE = 1 << 14  # elements below which another thread costs more than it gives
@@ -51,13 +51,8 @@ class Kernel:
 
 @cache
 def _function(name: str, signature: str, counts: bool, isa: str) -> Callable[..., int | None]:
+    require(isa)
     opened = library()
-    if opened.handle is None:
-        raise ValueError(opened.problem)
-    if isa and isa not in SETS:
-        raise ValueError(f"no instruction set {isa!r}; there are {', '.join(SETS)}")
-    if isa and isa not in opened.sets:
-        raise ValueError(f"this machine has no {isa}; it has {', '.join(opened.sets)}")
     # A kernel has variants only where they differ: the best set's is that of the next lower set that has one.
     for candidate in opened.sets[opened.sets.index(isa) if isa else 0 :]:
         function = getattr(opened.handle, f"tessera_{candidate}_{name}", None)

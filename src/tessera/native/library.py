@@ -48,3 +48,14 @@ def problem() -> str:
 def instruction_sets() -> tuple[str, ...]:
     """What this machine can run, best first; empty without the library."""
     return library().sets
+
+
+def require(isa: str = "") -> None:
+    """Raises ValueError, with the reason, where there is no library or the machine cannot run `isa` ("": any)."""
+    opened = library()
+    if opened.handle is None:
+        raise ValueError(opened.problem)
+    if isa and isa not in SETS:
+        raise ValueError(f"no instruction set {isa!r}; there are {', '.join(SETS)}")
+    if isa and isa not in opened.sets:
+        raise ValueError(f"this machine has no {isa}; it has {', '.join(opened.sets)}")

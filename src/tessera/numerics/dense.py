@@ -1,9 +1,11 @@
 """Matrix products of unquantised operands whose rows do not depend on how many rows there are.
 
-BLAS libraries choose another kernel, with another order of summation, for a handful of rows or of columns; on a CPU
-rows of a float32 product at M = 1, 2, 3 differ from the same rows at M = 64, and with fewer than 12 columns (a router
-of 8 experts) rows differ by their place in a block of four. A token's result must not depend on its batch, so short
-and narrow products are padded with zeros.
+BF16 operands on a CPU are multiplied by compiled code where it is built (kernels/native_gemm.py): float32 sums in the
+order of the contraction, whatever the shape. Everything else is torch's, with care. BLAS libraries choose another
+kernel, with another order of summation, for a handful of rows or of columns; on a CPU rows of a float32 product at
+M = 1, 2, 3 differ from the same rows at M = 64, and with fewer than 12 columns (a router of 8 experts) rows differ by
+their place in a block of four. A token's result must not depend on its batch, so short and narrow products are padded
+with zeros.
 """
 
 from itertools import pairwise
@@ -11,6 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from tessera import native
+from tessera.numerics.kernels import native_gemm
 
 MINIMUM_ROWS = 64
 MINIMUM_COLUMNS = 16
@@ -29,8 +34,36 @@ def tall(a: Tensor, rows: int) -> Tensor:
     return a if a.shape[0] >= rows else pad(a, (0, 0, 0, rows - a.shape[0]))
 
 
+LIBRARY = torch.library.Library("tessera", "FRAGMENT")
+LIBRARY.define("bf16_matmul(str kind, Tensor a, Tensor b, Tensor? offsets, ScalarType out_dtype, str isa) -> Tensor")
+
+
 def matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The three GEMMs (kinds and shapes in kernels/__init__.py) on operands of one dtype, float32 accumulation."""
+    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and native.available():
+        return torch.ops.tessera.bf16_matmul(kind, a, b, offsets, out_dtype, "")
+    return vectorised_matmul(kind, a, b, offsets, out_dtype)
+
+
+def _bf16_matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, isa: str) -> Tensor:
+    y = native_gemm.matmul(kind, native_gemm.values(a), native_gemm.values(b), offsets, out_dtype, isa=isa)
+    assert y is not None  # there are no scales
+    return y
+
+
+def _fake_bf16_matmul(
+    kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, isa: str
+) -> Tensor:
+    groups = 1 if offsets is None else offsets.numel() - 1
+    return a.new_empty(native_gemm.output_shape(kind, a.shape, b.shape, groups), dtype=out_dtype)
+
+
+LIBRARY.impl("bf16_matmul", _bf16_matmul, "CPU")
+torch.library.register_fake("tessera::bf16_matmul", _fake_bf16_matmul, lib=LIBRARY)
+
+
+def vectorised_matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """`matmul` in plain PyTorch, on any device."""
     if kind == "wgrad" or out_dtype == torch.float32:
         a, b = a.float(), b.float()  # torch's BF16 product would be rounded to BF16
     if kind == "wgrad":

@@ -1,20 +1,25 @@
 """The kernels as torch operators, `torch.ops.tessera.*`: torch.compile, FSDP and profilers see them.
 
 The device of the arguments picks the kernel; `backend` names one explicitly (tests hold backends against each
-other that way). Fake kernels give shapes and dtypes without computing. Gradients are not defined here: the
-autograd Functions of numerics/linear.py and ops/ decide what is saved and in which precision a gradient is made.
+other that way): "reference", "torch", "cpu", or "cpu:avx2" and the other names of native.instruction_sets(). Fake
+kernels give shapes and dtypes without computing. Gradients are not defined here: the autograd Functions of
+numerics/linear.py and ops/ decide what is saved and in which precision a gradient is made.
 """
 
 import importlib
-from types import ModuleType
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tessera import native
 from tessera.numerics.formats import FORMATS
+from tessera.numerics.kernels import cpu, native_gemm
+from tessera.numerics.kernels import torch as vectorised
 from tessera.numerics.tiles import Tile, scale_shape
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("cpu", "torch", "reference")
 LIBRARY = torch.library.Library("tessera", "DEF")
 
 LIBRARY.define(
@@ -32,11 +37,28 @@ LIBRARY.define(
 )
 
 
-def kernels(backend: str) -> ModuleType:
-    """The kernel module `backend`; "" is the default of the device (today `torch` on every device)."""
-    if backend not in ("", *BACKENDS):
+Kernels = Any  # a module or an object with the functions of kernels/__init__.py
+
+
+def kernels(backend: str, device: torch.device) -> Kernels:
+    """The kernels named `backend`; "" is the device's default: native ones on a CPU where they are built, else `torch`.
+
+    Raises ValueError for a name that does not exist, and for native kernels or an instruction set that are not there.
+    """
+    if backend == "":
+        return native_kernels("") if device.type == "cpu" and native.available() else vectorised
+    name, _, isa = backend.partition(":")
+    if name == "cpu":
+        return native_kernels(isa)
+    if backend not in BACKENDS:
         raise ValueError(f"no kernel backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return importlib.import_module(f"tessera.numerics.kernels.{backend or 'torch'}")
+    return importlib.import_module(f"tessera.numerics.kernels.{backend}")
+
+
+@cache
+def native_kernels(isa: str) -> cpu.Kernels:
+    native.require(isa)
+    return cpu.Kernels(isa)
 
 
 def quantise(
@@ -116,17 +138,17 @@ def matmul(
 
 def _quantise(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = arguments
-    return kernels(str(backend)).quantise(x, *rest)
+    return kernels(str(backend), x.device).quantise(x, *rest)
 
 
 def _dequantise(codes: Tensor, *arguments: object) -> Tensor:
     *rest, backend = arguments
-    return kernels(str(backend)).dequantise(codes, *rest)
+    return kernels(str(backend), codes.device).dequantise(codes, *rest)
 
 
-def _matmul(kind: str, *arguments: object) -> Tensor:
+def _matmul(kind: str, a_codes: Tensor, *arguments: object) -> Tensor:
     *rest, backend = arguments
-    return kernels(str(backend)).matmul(kind, *rest)
+    return kernels(str(backend), a_codes.device).matmul(kind, a_codes, *rest)
 
 
 def _fake_quantise(
@@ -177,11 +199,7 @@ def _fake_matmul(
     backend: str,
 ) -> Tensor:
     groups = 1 if offsets is None else offsets.numel() - 1
-    shape = {
-        "fprop": (a_codes.shape[0], b_codes.shape[0] // groups),
-        "dgrad": (a_codes.shape[0], b_codes.shape[1]),
-        "wgrad": (groups * a_codes.shape[1], b_codes.shape[1]),
-    }[kind]
+    shape = native_gemm.output_shape(kind, a_codes.shape, b_codes.shape, groups)
     return a_codes.new_empty(shape, dtype=out_dtype)
 
 

@@ -27,7 +27,7 @@ struct Values {
 // Two codes of 12 bits, a and b, in the three little-endian bytes of a | b << 12.
 INLINE void write_twelve(uint8_t* to, u32v code, int64_t count) {
     for (int64_t i = 0; i < count; i += 2) {
-        uint32_t pair = code[i] | (i + 1 < count ? code[i + 1] : 0) << 12;
+        uint32_t pair = (code[i] & 0xFFF) | (i + 1 < count ? code[i + 1] & 0xFFF : 0) << 12;
         to[0] = (uint8_t)pair, to[1] = (uint8_t)(pair >> 8), to[2] = (uint8_t)(pair >> 16);
         to += 3;
     }

@@ -13,6 +13,8 @@ from torch import Tensor
 from tessera.native import Kernel
 from tessera.numerics.formats import FORMATS
 from tessera.numerics.kernels import torch as fallback
+from tessera.numerics.kernels.native_gemm import Side
+from tessera.numerics.kernels.native_gemm import matmul as native_matmul
 from tessera.numerics.tiles import TILE, Tile, scale_shape
 
 FORMAT_NAMES = ("e4m3", "e5m2", "e5m6")  # as source/quantise.cpp numbers them
@@ -123,3 +125,36 @@ class Kernels:
             isa=self.isa,
         )
         return values
+
+    def matmul(
+        self,
+        kind: str,
+        a_codes: Tensor,
+        a_scales: Tensor,
+        a_tile_rows: int,
+        a_tile_columns: int,
+        a_format: str,
+        b_codes: Tensor,
+        b_scales: Tensor,
+        b_tile_rows: int,
+        b_tile_columns: int,
+        b_format: str,
+        segment: int,
+        offsets: Tensor | None,
+        accumulation: str,
+        interval: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """See kernels/__init__.py."""
+        y = None
+        if accumulation == "float32" and "e5m6" not in (a_format, b_format):
+            a_segment, b_segment = (0 if kind == "fprop" else segment), (0 if kind == "wgrad" else segment)
+            a_tile, b_tile = Tile(a_tile_rows, a_tile_columns), Tile(b_tile_rows, b_tile_columns)
+            a = Side(a_codes.contiguous(), a_format, a_scales.contiguous(), a_tile, 0, a_segment)
+            b = Side(b_codes.contiguous(), b_format, b_scales.contiguous(), b_tile, b_segment, 0)
+            y = native_matmul(kind, a, b, offsets, out_dtype, isa=self.isa)
+        if y is not None:
+            return y
+        a_operand = (a_codes, a_scales, a_tile_rows, a_tile_columns, a_format)
+        b_operand = (b_codes, b_scales, b_tile_rows, b_tile_columns, b_format)
+        return fallback.matmul(kind, *a_operand, *b_operand, segment, offsets, accumulation, interval, out_dtype)

@@ -117,7 +117,7 @@ def matmul(
     dtype = torch.bfloat16 if exact else torch.float32
     a = _decode(a_codes, a_scales, a_layout, a_format_, dtype)
     b = _decode(b_codes, b_scales, b_layout, b_format_, dtype)
-    return dense.matmul(kind, a, b, offsets, out_dtype)
+    return dense.vectorised_matmul(kind, a, b, offsets, out_dtype)
 
 
 def _layout(

@@ -1,15 +1,21 @@
-"""The vectorised kernel against the law: bit for bit where the law says so, within its bars elsewhere."""
+"""Every kernel against the law: bit for bit where the law says so, within its bars elsewhere.
+
+The vectorised kernel, and the native one in each instruction set that this machine can run.
+"""
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import tests.numerics.oracle as oracle
-from tessera.numerics.kernels import reference
-from tessera.numerics.kernels import torch as kernel
+from tessera.native import instruction_sets
+from tessera.numerics.kernels import cpu, reference
+from tessera.numerics.kernels import torch as vectorised
+from tessera.numerics.kernels.twelve_bits import pack
 from tessera.numerics.tiles import BLOCK, COLUMN, ROW, ROW_OF_TRANSPOSED, TENSOR, VECTOR, Tile
 from tests.numerics.oracle import (
     FLOAT32_BAR,
@@ -34,6 +40,11 @@ FINITE_E4M3 = [code for code in range(256) if code & 0x7F != 0x7F]
 SUBNORMAL_HEAVY = [0x00, 0x80, *range(1, 8), *range(0x81, 0x88), 0x08, 0x7E, 0xFE]
 
 
+@pytest.fixture(params=["torch", *instruction_sets()])
+def kernel(request: pytest.FixtureRequest) -> Any:
+    return vectorised if request.param == "torch" else cpu.Kernels(request.param)
+
+
 class Draw:
     """Matrices of one distribution, from one seed."""
 
@@ -56,7 +67,9 @@ class Draw:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_codes_are_right_at_every_value_midpoint_and_neighbour(format: str, mode: str, rounding: str) -> None:
+def test_codes_are_right_at_every_value_midpoint_and_neighbour(
+    kernel: Any, format: str, mode: str, rounding: str
+) -> None:
     x = oracle.borders(format)
     assert_quantises_as_the_law(kernel, x, Layout(VECTOR), format, mode, rounding)
     assert_quantises_as_the_law(kernel, x * 2.0**-110, Layout(VECTOR), format, mode, rounding)
@@ -66,7 +79,9 @@ def test_codes_are_right_at_every_value_midpoint_and_neighbour(format: str, mode
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_scales_and_codes_are_right_where_a_scale_rule_turns(format: str, mode: str, rounding: str) -> None:
+def test_scales_and_codes_are_right_where_a_scale_rule_turns(
+    kernel: Any, format: str, mode: str, rounding: str
+) -> None:
     x = oracle.extremes(format)
     for layout, dtype in itertools.product((Layout(VECTOR), Layout(ROW)), (torch.float32, torch.bfloat16)):
         assert_quantises_as_the_law(kernel, x.to(dtype), layout, format, mode, rounding)
@@ -74,7 +89,7 @@ def test_scales_and_codes_are_right_where_a_scale_rule_turns(format: str, mode: 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_nonfinite_and_zero_tiles_follow_the_law(format: str, mode: str) -> None:
+def test_nonfinite_and_zero_tiles_follow_the_law(kernel: Any, format: str, mode: str) -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.zeros(8, 130)
     x[1] = -0.0
@@ -92,7 +107,9 @@ def test_nonfinite_and_zero_tiles_follow_the_law(format: str, mode: str) -> None
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 @pytest.mark.parametrize("shape", [(1, 1), (1, 127), (1, 129), (5, 300), (127, 3)], ids=str)
-def test_any_small_shape_tile_mode_and_dtype_follows_the_law(shape: tuple[int, int], tile: Tile, format: str) -> None:
+def test_any_small_shape_tile_mode_and_dtype_follows_the_law(
+    kernel: Any, shape: tuple[int, int], tile: Tile, format: str
+) -> None:
     x = oracle.unruly(*shape, seed=sum(shape))
     for mode, rounding, dtype in itertools.product(MODES, ROUNDINGS, (torch.float32, torch.bfloat16)):
         assert_quantises_as_the_law(kernel, x.to(dtype), Layout(tile), format, mode, rounding)
@@ -100,7 +117,7 @@ def test_any_small_shape_tile_mode_and_dtype_follows_the_law(shape: tuple[int, i
 
 @pytest.mark.parametrize("tile", ALL_TILES, ids=lambda t: f"{t.rows}x{t.columns}")
 @pytest.mark.parametrize("shape", [(128, 128), (129, 257), (130, 131)], ids=str)
-def test_ragged_shapes_of_several_tiles_follow_the_law(shape: tuple[int, int], tile: Tile) -> None:
+def test_ragged_shapes_of_several_tiles_follow_the_law(kernel: Any, shape: tuple[int, int], tile: Tile) -> None:
     x = oracle.unruly(*shape, seed=sum(shape))
     assert_quantises_as_the_law(kernel, x, Layout(tile))
     assert_quantises_as_the_law(kernel, x.bfloat16(), Layout(tile), "e4m3", "float32")
@@ -110,7 +127,7 @@ def test_ragged_shapes_of_several_tiles_follow_the_law(shape: tuple[int, int], t
 
 
 @pytest.mark.parametrize("exponent", [-126, -30, 0, 119])
-def test_every_bf16_number_that_a_tile_can_hold_gets_the_code_of_the_law(exponent: int) -> None:
+def test_every_bf16_number_that_a_tile_can_hold_gets_the_code_of_the_law(kernel: Any, exponent: int) -> None:
     bits = torch.arange(0x7F80, dtype=torch.int16)
     amax = torch.tensor(448.0 * 2.0**exponent).bfloat16()
     values = bits.view(torch.bfloat16)
@@ -124,12 +141,12 @@ def test_every_bf16_number_that_a_tile_can_hold_gets_the_code_of_the_law(exponen
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_code_is_decoded_exactly_under_any_scale(format: str) -> None:
+def test_every_code_is_decoded_exactly_under_any_scale(kernel: Any, format: str) -> None:
     powers = [-149, -133, -127, -126, -50, -1, 0, 1, 6, 7, 8, 14, 15, 16, 100, 119, 127]
     scales = torch.tensor([2.0**k for k in powers] + [1 / 3, 3.4e38, 1.1754942e-38])[:, None]
     if format == "e5m6":
         codes = torch.arange(4096, dtype=torch.int16).view(1, -1)
-        codes = kernel.pack(codes)
+        codes = pack(codes)
     else:
         codes = torch.arange(256, dtype=torch.uint8).view(1, -1)
     columns = 4096 if format == "e5m6" else 256
@@ -156,7 +173,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_segments_and_groups_follow_the_law(name: str, mode: str) -> None:
+def test_segments_and_groups_follow_the_law(kernel: Any, name: str, mode: str) -> None:
     shape, layout = LAYOUTS[name]
     x = oracle.unruly(*shape, seed=11)
     # Rows differ in magnitude, so a tile that reaches into its neighbour gets another scale.
@@ -166,7 +183,7 @@ def test_segments_and_groups_follow_the_law(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_matrix_without_rows_is_quantised_to_no_codes(format: str) -> None:
+def test_a_matrix_without_rows_is_quantised_to_no_codes(kernel: Any, format: str) -> None:
     for layout in (
         Layout(COLUMN, offsets=torch.tensor([0, 0, 0])),
         Layout(VECTOR),
@@ -193,7 +210,9 @@ SHAPES = {
 @pytest.mark.parametrize("interval", [32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tensor_core_products_of_quantised_data_are_bit_equal(shape: str, kind: str, interval: int) -> None:
+def test_tensor_core_products_of_quantised_data_are_bit_equal(
+    kernel: Any, shape: str, kind: str, interval: int
+) -> None:
     tokens, n, k, segment = SHAPES[shape]
     for mode, distribution in zip(MODES, ["lognormal", "same_sign"], strict=True):
         draw = Draw(interval, distribution)
@@ -203,7 +222,7 @@ def test_tensor_core_products_of_quantised_data_are_bit_equal(shape: str, kind: 
 
 @pytest.mark.parametrize("scales", ["powers", "floats", "tiny"])
 @pytest.mark.parametrize("codes", [FINITE_E4M3, SUBNORMAL_HEAVY, list(range(256))], ids=["all", "small", "nan"])
-def test_tensor_core_products_of_random_codes_are_bit_equal(codes: list[int], scales: str) -> None:
+def test_tensor_core_products_of_random_codes_are_bit_equal(kernel: Any, codes: list[int], scales: str) -> None:
     generator = torch.Generator().manual_seed(12)
     for kind, tokens in itertools.product(KINDS, ([5], [3, 2, 129])):
         problem = problem_of(kind, tokens, 66, 9, Draw(0), kernel=kernel)
@@ -217,7 +236,7 @@ def test_tensor_core_products_of_random_codes_are_bit_equal(codes: list[int], sc
 
 
 @pytest.mark.parametrize("formats", [("e5m2", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e5m2")], ids=str)
-def test_tensor_core_products_with_e5m2_operands_are_bit_equal(formats: tuple[str, str]) -> None:
+def test_tensor_core_products_with_e5m2_operands_are_bit_equal(kernel: Any, formats: tuple[str, str]) -> None:
     generator = torch.Generator().manual_seed(13)
     finite = [code for code in range(256) if code & 0x7F < 0x7C]
     for kind in KINDS:
@@ -243,7 +262,9 @@ WHOLE_TILES = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "a", "b"), WHOLE_TILES, ids=str)
-def test_scales_constant_along_the_contraction_take_any_interval(kind: str, a: Tile, b: Tile, mode: str) -> None:
+def test_scales_constant_along_the_contraction_take_any_interval(
+    kernel: Any, kind: str, a: Tile, b: Tile, mode: str
+) -> None:
     tokens, n, k = {"fprop": ([3], 4, 600), "dgrad": ([3], 600, 4), "wgrad": ([1, 0, 600], 3, 4)}[kind]
     problem = problem_of(kind, tokens, n, k, Draw(2, "same_sign"), (a, b), scale_mode=mode, kernel=kernel)
     for interval in (32, 128, 256):
@@ -252,7 +273,7 @@ def test_scales_constant_along_the_contraction_take_any_interval(kind: str, a: T
     assert_matmul_within(kernel, problem, FLOAT32_BAR)
 
 
-def test_promotion_rounds_once_even_where_float64_would_round_twice() -> None:
+def test_promotion_rounds_once_even_where_float64_would_round_twice(kernel: Any) -> None:
     # Block 1 gives y = 1. Block 2 gives p = 7361 = 16 * 448 + 192 + 1 with the scale 9335617 * 2^-60, and
     # 7361 * 9335617 = 2^36 + 1: the exact sum is 1 + 2^-24 + 2^-60, which rounds up.
     a, b = torch.zeros(1, 256), torch.ones(1, 256)
@@ -271,7 +292,7 @@ def test_promotion_rounds_once_even_where_float64_would_round_twice() -> None:
 @pytest.mark.parametrize(
     "exponents", [(-67, -70, -74, -90), (40, 50), (52, 54, 58)], ids=["subnormal", "large", "overflowing"]
 )
-def test_tensor_core_products_at_the_ends_of_float32_are_bit_equal(exponents: tuple[int, ...]) -> None:
+def test_tensor_core_products_at_the_ends_of_float32_are_bit_equal(kernel: Any, exponents: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(14)
     problem = problem_of("fprop", [9], 9, 256, Draw(3), kernel=kernel)
     for exponent in exponents:
@@ -280,13 +301,13 @@ def test_tensor_core_products_at_the_ends_of_float32_are_bit_equal(exponents: tu
         assert_matmul_bits(kernel, replace(drawn, a=a, b=b, accumulation="hopper"))
 
 
-def test_every_segment_of_dgrad_is_an_unpromoted_sum_of_its_own() -> None:
+def test_every_segment_of_dgrad_is_an_unpromoted_sum_of_its_own(kernel: Any) -> None:
     problem = problem_of("dgrad", [3], 192, 5, Draw(19, "same_sign"), (TENSOR, TENSOR), 96, kernel=kernel)
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper", interval=256))
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper_unpromoted"))
 
 
-def test_a_scale_that_varies_inside_a_block_is_refused_by_the_tensor_core() -> None:
+def test_a_scale_that_varies_inside_a_block_is_refused_by_the_tensor_core(kernel: Any) -> None:
     problem = problem_of("dgrad", [3], 150, 4, Draw(4), (VECTOR, ROW), kernel=kernel)
     for accumulation in ("hopper", "hopper_unpromoted"):
         with pytest.raises(ValueError):
@@ -302,7 +323,7 @@ def test_a_scale_that_varies_inside_a_block_is_refused_by_the_tensor_core() -> N
 @pytest.mark.parametrize("distribution", ["normal", "lognormal", "same_sign"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_accumulation_stays_within_its_bar(kind: str, mode: str, distribution: str) -> None:
+def test_float32_accumulation_stays_within_its_bar(kernel: Any, kind: str, mode: str, distribution: str) -> None:
     draw = Draw(5, distribution)
     long = {"fprop": ([33], 40, 4096), "dgrad": ([33], 4096, 40), "wgrad": ([4096], 33, 40)}[kind]
     shapes = [(*long, 0), ([7], 96, 704, 48), ([5, 0, 1, 130], 192, 129, 96), ([64, 200, 1], 130, 33, 0)]
@@ -318,7 +339,7 @@ def test_float32_accumulation_stays_within_its_bar(kind: str, mode: str, distrib
 )
 @pytest.mark.parametrize("kind", ["dgrad", "wgrad"])
 def test_gradients_in_128_x_128_tiles_are_multiplied_with_their_own_scales(
-    kind: str, tokens: list[int], n: int, segment: int
+    kernel: Any, kind: str, tokens: list[int], n: int, segment: int
 ) -> None:
     tiles = (BLOCK, BLOCK if kind == "dgrad" else COLUMN)
 
@@ -335,7 +356,7 @@ def test_gradients_in_128_x_128_tiles_are_multiplied_with_their_own_scales(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_accumulation_survives_operands_of_extreme_magnitude(kind: str, mode: str) -> None:
+def test_float32_accumulation_survives_operands_of_extreme_magnitude(kernel: Any, kind: str, mode: str) -> None:
     # Decoded values of the small operand are subnormal in float32 and BF16; the codes, and the product of the
     # scales, are ordinary numbers.
     for small, large in ((2.0**-125, 2.0**100), (2.0**-60, 2.0**60)):
@@ -355,7 +376,7 @@ def test_float32_accumulation_survives_operands_of_extreme_magnitude(kind: str, 
             assert_matmul_within(kernel, problem, 2.0**-9)  # half a BF16 step, at most 2^-8 of an element
 
 
-def test_float32_accumulation_takes_scales_that_vary_inside_a_block() -> None:
+def test_float32_accumulation_takes_scales_that_vary_inside_a_block(kernel: Any) -> None:
     for mode in MODES:
         problem = problem_of("dgrad", [5], 300, 40, Draw(7), (VECTOR, ROW), scale_mode=mode, kernel=kernel)
         assert_matmul_within(kernel, problem, FLOAT32_BAR)
@@ -365,7 +386,7 @@ def test_float32_accumulation_takes_scales_that_vary_inside_a_block() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_bf16_output_is_rounded_once(kind: str, mode: str) -> None:
+def test_bf16_output_is_rounded_once(kernel: Any, kind: str, mode: str) -> None:
     for tokens, n, k in (([9, 40], 96, 130), ([70], 704, 704)):
         problem = problem_of(kind, tokens, n, k, Draw(8), scale_mode=mode, kernel=kernel)
         problem = replace(problem, out_dtype=torch.bfloat16)
@@ -387,7 +408,7 @@ def magnitude(operand: Operand) -> Operand:
 
 
 @pytest.mark.parametrize("accumulation", ["float32", "hopper"])
-def test_a_nan_code_reaches_only_the_outputs_it_takes_part_in(accumulation: str) -> None:
+def test_a_nan_code_reaches_only_the_outputs_it_takes_part_in(kernel: Any, accumulation: str) -> None:
     problem = problem_of("fprop", [5], 6, 200, Draw(9), kernel=kernel)
     problem = replace(problem, accumulation=accumulation)
     problem.a.codes[3, 150] = 0x7F
@@ -398,14 +419,14 @@ def test_a_nan_code_reaches_only_the_outputs_it_takes_part_in(accumulation: str)
 
 
 @pytest.mark.parametrize("k", [512, 4096, 16384])
-def test_promoted_tensor_core_stays_within_bars_that_do_not_grow_with_k(k: int) -> None:
+def test_promoted_tensor_core_stays_within_bars_that_do_not_grow_with_k(kernel: Any, k: int) -> None:
     for tiles, mode in (((VECTOR, BLOCK), "power_of_two"), ((TENSOR, TENSOR), "float32")):
         for distribution, bar in (("normal", RANDOM_SIGN_BAR), ("same_sign", SAME_SIGN_BAR)):
             problem = problem_of("fprop", [12], 12, k, Draw(k, distribution), tiles, 0, mode, kernel=kernel)
             assert_matmul_within(kernel, replace(problem, accumulation="hopper"), bar)
 
 
-def test_without_promotion_the_error_is_the_few_percent_the_report_saw() -> None:
+def test_without_promotion_the_error_is_the_few_percent_the_report_saw(kernel: Any) -> None:
     # Report, section 3.3.2: "nearly 2 %" at K = 4096; largest error over mean magnitude, on random signs.
     problem = problem_of("fprop", [48], 48, 4096, Draw(10), (TENSOR, TENSOR), kernel=kernel)
     exact = problem.exact()
@@ -434,7 +455,9 @@ def rows_of(problem: Problem, rows: slice) -> Problem:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), [(96, 128), (128, 96), (33, 704), (704, 130)], ids=str)
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_a_row_does_not_depend_on_how_many_rows_it_shares(kind: str, n: int, k: int, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_how_many_rows_it_shares(
+    kernel: Any, kind: str, n: int, k: int, dtype: torch.dtype
+) -> None:
     problem = problem_of(kind, [ROWS[-1]], n, k, Draw(15), scale_mode="float32", kernel=kernel)
     problem = replace(problem, out_dtype=dtype)
     whole = problem.run(kernel)
@@ -445,7 +468,7 @@ def test_a_row_does_not_depend_on_how_many_rows_it_shares(kind: str, n: int, k: 
 
 
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_a_row_of_a_single_output_does_not_depend_on_how_many_rows_it_shares(kind: str) -> None:
+def test_a_row_of_a_single_output_does_not_depend_on_how_many_rows_it_shares(kernel: Any, kind: str) -> None:
     n, k = (1, 130) if kind == "fprop" else (130, 1)
     problem = problem_of(kind, [300], n, k, Draw(20), scale_mode="float32", kernel=kernel)
     whole = problem.run(kernel)
@@ -454,7 +477,7 @@ def test_a_row_of_a_single_output_does_not_depend_on_how_many_rows_it_shares(kin
 
 
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_a_row_of_a_tensor_core_product_does_not_depend_on_the_others(kind: str) -> None:
+def test_a_row_of_a_tensor_core_product_does_not_depend_on_the_others(kernel: Any, kind: str) -> None:
     problem = problem_of(kind, [70], 9, 200, Draw(16), kernel=kernel)
     problem = replace(problem, accumulation="hopper")
     whole = problem.run(kernel)
@@ -464,7 +487,7 @@ def test_a_row_of_a_tensor_core_product_does_not_depend_on_the_others(kind: str)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_do_not_depend_on_each_other_or_on_their_order(kind: str, dtype: torch.dtype) -> None:
+def test_groups_do_not_depend_on_each_other_or_on_their_order(kernel: Any, kind: str, dtype: torch.dtype) -> None:
     sizes, n, k = [3, 0, 200, 1, 64, 70, 16], 96, 130
     a = Draw(17)(sum(sizes), k if kind == "fprop" else n).split(sizes)
     b = Draw(18)(sum(sizes), k).split(sizes) if kind == "wgrad" else Draw(18)(len(sizes) * n, k).split(n)

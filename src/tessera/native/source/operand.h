@@ -1,0 +1,133 @@
+// A GEMM operand as it lies in memory, read as BF16: codes with their scales, BF16, or float32 rounded to BF16.
+//
+// E4M3 and E5M2 are exact in BF16, and stay so times a power of two. So where all scales are powers of two that keep
+// values normal, the scale is folded into the value as it is read; otherwise values are read bare, and scales are
+// applied to float32 sums (gemm.cpp).
+#pragma once
+
+#include "fp8.h"
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+enum OperandType : int64_t { FROM_FLOAT32, FROM_BFLOAT16, FROM_E4M3, FROM_E5M2 };
+
+// Mirrored by numerics/kernels/native_gemm.py. Tiles and segments are those of numerics/tiles.py; `index` [rows] or null:
+// row r is row index[r] of `data` (and of the scales, where tiles are one row high).
+struct Operand {
+    const void* data;
+    const float* scales;
+    const int64_t* index;
+    int64_t type, stride, scale_stride, tile_rows, tile_columns, row_segment, column_segment;
+};
+
+enum { TILE = 128 };
+
+INLINE int64_t tile_along(int64_t at, int64_t tile, int64_t segment) {
+    if (tile == 1) return at;
+    if (tile == 0) return at / segment;
+    return at / segment * ((segment + TILE - 1) / TILE) + at % segment / TILE;
+}
+
+// How far a power-of-two scale moves a BF16 exponent, in place; a float32 scale that is no power of two never gets here.
+INLINE uint16_t exponent_shift(float scale) { return (uint16_t)((bits(scale) >> 16) - 0x3F80); }
+
+// Thirty-two columns of one row as BF16.
+enum { CHUNK = 32 };
+struct Chunk {
+    uint16_t v[CHUNK];
+};
+
+// v * 2^k for values whose bits are `u` (16 of them, k = shift / 128); zeros and NaN stay.
+INLINE uint16_t shifted(uint16_t u, uint16_t shift) {
+    uint16_t magnitude = u & 0x7FFF;
+    return magnitude == 0 || magnitude >= 0x7F80 ? u : (uint16_t)(u + shift);
+}
+
+#if defined(__AVX512BW__)
+
+INLINE __m512i fold(__m512i u, __m512i shift) {
+    __m512i magnitude = _mm512_and_si512(u, _mm512_set1_epi16(0x7FFF));
+    __mmask32 normal = _mm512_cmplt_epu16_mask(
+        _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7F7F));
+    return _mm512_mask_add_epi16(u, normal, u, shift);
+}
+
+// Thirty-two E4M3 codes: a subnormal's value comes from a table, a normal one's bits are moved into place.
+INLINE __m512i e4m3_to_bf16(__m256i codes) {
+    alignas(64) static const uint16_t SUBNORMAL[32] = {  // m * 2^-9
+        0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60};
+    __m512i c = _mm512_cvtepu8_epi16(codes);
+    __m512i magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7F));
+    __m512i v = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    v = _mm512_mask_permutexvar_epi16(v, small, c, _mm512_load_si512(SUBNORMAL));
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F));
+    v = _mm512_mask_mov_epi16(v, nan, _mm512_set1_epi16(0x7FC0));
+    __m512i sign = _mm512_slli_epi16(c, 8);
+    return _mm512_ternarylogic_epi64(v, sign, _mm512_set1_epi16((short)0x8000), 0xF8);  // v | (sign & 0x8000)
+}
+
+#endif
+
+// One row of an operand, opened for reading; `shift` [columns] (or null) has the folded scales' exponents.
+struct Row {
+    const uint8_t* at;
+    int64_t type;
+};
+
+INLINE Row open_row(const Operand& o, int64_t r) {
+    int64_t size = o.type == FROM_FLOAT32 ? 4 : o.type == FROM_BFLOAT16 ? 2 : 1;
+    return {(const uint8_t*)o.data + (o.index ? o.index[r] : r) * o.stride * size, o.type};
+}
+
+// Columns [c, c + count) as BF16, zero from `count` on; `shift` points at the exponents of column c, or is null.
+template <int64_t TYPE>
+INLINE Chunk read_chunk(const uint8_t* row, int64_t c, int64_t count, const uint16_t* shift) {
+    Chunk chunk = {};
+    if (TYPE == FROM_BFLOAT16) {
+        memcpy(chunk.v, row + 2 * c, 2 * (size_t)count);
+        return chunk;
+    }
+    if (TYPE == FROM_FLOAT32) {
+        float values[CHUNK] = {};
+        memcpy(values, row + 4 * c, 4 * (size_t)count);
+        for (int i = 0; i < CHUNK; i += LANES) store(chunk.v + i, to_bf16(load<f32v>(values + i)));
+        return chunk;
+    }
+    uint8_t codes[CHUNK] = {};
+    memcpy(codes, row + c, (size_t)count);
+#if defined(__AVX512BW__)
+    if (TYPE == FROM_E4M3) {
+        __m512i v = e4m3_to_bf16(load<__m256i>(codes));
+        if (shift) v = fold(v, load<__m512i>(shift));
+        store(chunk.v, v);
+        return chunk;
+    }
+#endif
+    for (int i = 0; i < CHUNK; i += LANES) {
+        u32v code = widen(load<u8v>(codes + i));
+        f32v value = TYPE == FROM_E4M3 ? decode<E4M3>(code) : decode<E5M2>(code);
+        store(chunk.v + i, narrow16(bits(value) >> 16));
+    }
+    if (shift)
+        for (int i = 0; i < CHUNK; ++i) chunk.v[i] = shifted(chunk.v[i], shift[i]);
+    return chunk;
+}
+
+// The exponents of columns [c, c + CHUNK) of row tile `tile`; those behind the last column are of no matter.
+INLINE void fill_shift(const Operand& o, int64_t tile, int64_t c, int64_t columns, uint16_t* shift) {
+    const float* scales = o.scales + tile * o.scale_stride;
+    int64_t last = c + CHUNK < columns ? c + CHUNK : columns;
+    if (o.tile_columns != 1) {
+        int64_t first = tile_along(c, o.tile_columns, o.column_segment);
+        if (first == tile_along(last - 1, o.tile_columns, o.column_segment)) {
+            uint16_t one = exponent_shift(scales[first]);
+            for (int i = 0; i < CHUNK; ++i) shift[i] = one;
+            return;
+        }
+    }
+    for (int64_t i = c; i < last; ++i)
+        shift[i - c] = exponent_shift(scales[tile_along(i, o.tile_columns, o.column_segment)]);
+}

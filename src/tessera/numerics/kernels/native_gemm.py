@@ -1,0 +1,179 @@
+"""The three GEMMs in compiled code (native/source/gemm.cpp): codes or BF16 in, float32 sums, float32 or BF16 out.
+
+Kinds and shapes are those of kernels/__init__.py. Where all scales are powers of two near enough to 1 they are folded
+into BF16 values, which is exact, and the sum runs through; otherwise the sum is the law's, a float32 sum for each 128
+of the contraction and then y = fma(s_a * s_b, p, y).
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.native import Kernel
+from tessera.native.scratch import scratch
+from tessera.numerics.tiles import TILE, VECTOR, Tile
+
+KINDS = ("fprop", "dgrad", "wgrad")
+TYPES = {"float32": 0, "bfloat16": 1, "e4m3": 2, "e5m2": 3}  # OperandType of source/operand.h
+OUT_FLOAT32, OUT_BFLOAT16, OUT_ADDED = range(3)
+CHUNK = 32  # of the contraction, and columns of a panel
+
+PACK = Kernel("gemm_pack", "p")
+GEMM = Kernel("gemm", "p")
+EXPONENTS = Kernel("exponents", "pi", counts=True)
+
+# Scales are folded where neither a value nor a product can leave BF16's normal numbers, which matrix units flush to
+# zero: values are 2^-16 (E5M2's smallest) to 2^16 times their scale.
+BIAS, VALUE_RANGE, PRODUCT_RANGE = 127, 100, 80
+
+
+@dataclass(frozen=True)
+class Side:
+    """One operand: codes uint8 with `scales`, or values (`scales` None); rows are read through `index` int64."""
+
+    data: Tensor
+    format: str
+    scales: Tensor | None = None
+    tile: Tile = VECTOR
+    row_segment: int = 0
+    column_segment: int = 0
+    index: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.data.shape[0] if self.index is None else self.index.numel()
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("data", "scales", "index")] + [
+        (name, ctypes.c_int64)
+        for name in (
+            "type",
+            "stride",
+            "scale_stride",
+            "tile_rows",
+            "tile_columns",
+            "row_segment",
+            "column_segment",
+        )
+    ]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        ("a", _Operand),
+        ("b", _Operand),
+        *((name, ctypes.c_int64) for name in ("kind", "groups", "fold", "tokens", "m", "n", "k")),
+        ("offsets", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_type", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+    ]
+
+
+def values(x: Tensor, index: Tensor | None = None) -> Side:
+    """BF16 or float32 values (these are rounded to BF16) as an operand."""
+    return Side(
+        x if x.stride(-1) == 1 else x.contiguous(), "float32" if x.dtype == torch.float32 else "bfloat16", index=index
+    )
+
+
+def matmul(
+    kind: str,
+    a: Side,
+    b: Side,
+    offsets: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    add_to: Tensor | None = None,
+    isa: str = "",
+) -> Tensor | None:
+    """See kernels/__init__.py; None where the scales do not allow it (`promotes`).
+
+    `add_to`: a float32 result to which the product is added in place.
+    """
+    groups = 1 if offsets is None else offsets.numel() - 1
+    fold = foldable(a, b, isa)
+    if not fold and not promotes(kind, a, b):
+        return None
+    rows, k = a.rows, a.data.shape[1]
+    height, n = output_shape(kind, (rows, k), (b.rows, b.data.shape[1]), groups)
+    out = add_to if add_to is not None else a.data.new_empty(height, n, dtype=out_dtype)
+    out_type = OUT_ADDED if add_to is not None else OUT_FLOAT32 if out_dtype == torch.float32 else OUT_BFLOAT16
+    panels = -(-n // CHUNK)
+    chunks = rows // CHUNK + groups if kind == "wgrad" else groups * -(-k // CHUNK)
+    packed = scratch(4 * panels * chunks * CHUNK // 2 * CHUNK)
+    problem = _Problem(
+        _operand(a),
+        _operand(b),
+        KINDS.index(kind),
+        groups,
+        fold,
+        rows,
+        height // groups if kind == "wgrad" else height,
+        n,
+        k,
+        None if offsets is None else offsets.data_ptr(),
+        packed.data_ptr(),
+        out.data_ptr(),
+        out_type,
+        out.stride(0),
+    )
+    address = ctypes.addressof(problem)
+    contraction = rows if kind == "wgrad" else k
+    PACK(groups * panels, address, work=CHUNK * contraction, isa=isa)
+    GEMM(height, address, work=n * contraction // 16, grain=CHUNK, isa=isa)
+    return out
+
+
+def output_shape(kind: str, a: Sequence[int], b: Sequence[int], groups: int) -> tuple[int, int]:
+    """Shape of the product of operands of shapes a and b; see kernels/__init__.py."""
+    return {"fprop": (a[0], b[0] // groups), "dgrad": (a[0], b[1]), "wgrad": (groups * a[1], b[1])}[kind]
+
+
+def foldable(a: Side, b: Side, isa: str = "") -> bool:
+    """True where both sides' scales, powers of two all of them, can be folded into BF16 values."""
+    low = high = 0
+    for side in (a, b):
+        if side.scales is None or not side.scales.numel():
+            continue
+        found = EXPONENTS(1, side.scales, side.scales.numel(), isa=isa)
+        smallest, largest = found % 256 - BIAS, found // 256 - BIAS
+        if found < 0 or smallest < -VALUE_RANGE or largest > VALUE_RANGE:
+            return False
+        low, high = low + smallest, high + largest
+    return low >= -PRODUCT_RANGE and high <= PRODUCT_RANGE
+
+
+def promotes(kind: str, a: Side, b: Side) -> bool:
+    """True where each block of 128 of the contraction has one scale a row and a column."""
+    along = {
+        "fprop": (a.tile.columns, b.tile.columns),
+        "dgrad": (a.tile.columns, b.tile.rows),
+        "wgrad": (a.tile.rows, b.tile.rows),
+    }[kind]
+    if any(extent not in (0, TILE) for extent in along) or a.scales is None or b.scales is None:
+        return False
+    whole = a.data.shape[1]  # a segment as long as the contraction never restarts the tiles inside it
+    segments = (a.column_segment, b.row_segment) if kind == "dgrad" else ()
+    return not any(segment % TILE and segment != whole for segment in segments)
+
+
+def _operand(side: Side) -> _Operand:
+    scales = side.scales
+    return _Operand(
+        side.data.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        None if side.index is None else side.index.data_ptr(),
+        TYPES[side.format],
+        side.data.stride(0),
+        0 if scales is None else scales.stride(0),
+        side.tile.rows,
+        side.tile.columns,
+        side.row_segment or side.rows,
+        side.column_segment or side.data.shape[1],
+    )
