@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 SOURCE = Path("src/tessera/native/source")
+IN_PLACE = SOURCE.parent / "kernels.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own header
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
@@ -36,7 +37,6 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.unlink(missing_ok=True)  # a library of older sources must not stay
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             objects = [o for o in workers.map(self.compile_one, self.jobs()) if o]
         temporary = out.with_suffix(".building")
@@ -75,6 +75,7 @@ class BuildNative(build_ext):
         return made
 
     def run(self) -> None:
+        IN_PLACE.unlink(missing_ok=True)  # where the build fails, a library of older sources must not stay
         try:
             super().run()
         except (CompileError, LinkError, OSError) as error:

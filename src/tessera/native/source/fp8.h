@@ -85,3 +85,28 @@ INLINE u32v codes_of(f32v x, f32v inverse) {
     y = choose(y < -most, -most, y);
     return encode<F>(y);
 }
+
+// BF16 values under powers of two, in 16-bit lanes: twice the elements of a register, and no multiplication, since a
+// power of two only moves the exponent. `Narrow` has what a column's scale contributes.
+template <typename F>
+struct Narrow {
+    uint16_t smallest, moved;  // magnitude of the smallest value with a normal code; what to subtract from codes
+
+    static ALWAYS_INLINE Narrow of(float scale) {
+        int32_t k = (int32_t)(bits(scale) >> 23) - 127, first = k + 128 - F::BIAS;
+        // Below 2^-126 a BF16 number is itself subnormal and has no exponent to move.
+        return {(uint16_t)((first < 1 ? 1 : first) << 7), (uint16_t)((k + 127 - F::BIAS) * (1 << F::M))};
+    }
+};
+
+// True when all lanes have normal codes; `code` has them then, with their signs.
+template <typename F>
+INLINE bool encode_narrow(u16w x, u16w smallest, u16w moved, u8w& code) {
+    constexpr int DROPPED = 7 - F::M;
+    u16w magnitude = x & 0x7FFF;
+    i16w small = (i16w)magnitude < (i16w)smallest;
+    u16w rounded = (magnitude + (uint16_t)((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)) >> DROPPED;
+    u16w narrow = (rounded - moved) | ((x >> 8) & 0x80);
+    code = __builtin_convertvector(narrow, u8w);
+    return !any(small);
+}

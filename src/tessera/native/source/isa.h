@@ -10,6 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define TESSERA_PASTE_(a, b, c) a##b##_##c
 #define TESSERA_PASTE(a, b, c) TESSERA_PASTE_(a, b, c)
@@ -38,6 +41,12 @@ typedef int32_t i32v __attribute__((vector_size(4 * TESSERA_LANES)));
 typedef uint32_t u32v __attribute__((vector_size(4 * TESSERA_LANES)));
 typedef uint16_t u16v __attribute__((vector_size(2 * TESSERA_LANES)));
 typedef uint8_t u8v __attribute__((vector_size(TESSERA_LANES)));
+
+// A register of 16-bit lanes, and as many bytes.
+enum { WIDE = 2 * LANES };
+typedef uint16_t u16w __attribute__((vector_size(4 * TESSERA_LANES)));
+typedef int16_t i16w __attribute__((vector_size(4 * TESSERA_LANES)));
+typedef uint8_t u8w __attribute__((vector_size(2 * TESSERA_LANES)));
 
 template <typename V>
 INLINE V load(const void* from) {
@@ -90,6 +99,11 @@ INLINE V choose(M mask, V a, V b) {
 
 INLINE u32v widen(u16v x) { return __builtin_convertvector(x, u32v); }
 INLINE u32v widen(u8v x) { return __builtin_convertvector(x, u32v); }
+// The lower halves of the words of both, in order.
+INLINE u16w join(u32v left, u32v right) {
+    u16v both[2] = {__builtin_convertvector(left, u16v), __builtin_convertvector(right, u16v)};
+    return load<u16w>(both);
+}
 INLINE u16v narrow16(u32v x) { return __builtin_convertvector(x, u16v); }
 INLINE u8v narrow8(u32v x) { return __builtin_convertvector(x, u8v); }
 
@@ -127,5 +141,18 @@ INLINE f32v fma(f32v a, f32v b, f32v c) {
     return c;
 #else
     return a * b + c;
+#endif
+}
+
+// True where some lane of a comparison holds.
+INLINE bool any(i16w mask) {
+#if defined(__AVX512BW__)
+    return _mm512_movepi16_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+    uint64_t half[2];
+    memcpy(half, &mask, sizeof half);
+    return (half[0] | half[1]) != 0;
 #endif
 }

@@ -12,6 +12,7 @@ enum ElementType : int64_t { FLOAT32, BFLOAT16 };
 // What is read: `rows` of float32 or BF16, row `index[r]` in place of r where an index is given.
 template <typename T>
 struct Values {
+    static constexpr bool BF16 = sizeof(T) == 2;
     const T* x;
     int64_t stride;
     const int64_t* index;
@@ -20,6 +21,13 @@ struct Values {
     ALWAYS_INLINE f32v at(const T* row, int64_t c) const { return read(row + c); }
     ALWAYS_INLINE f32v part(const T* row, int64_t c, int64_t count) const { return read_part(row + c, count); }
     ALWAYS_INLINE float one(const T* row, int64_t c) const { return widened(row[c]); }
+    // WIDE columns as BF16; false where the type has more bits than that.
+    ALWAYS_INLINE bool narrow(const T* row, int64_t c, int64_t count, u16w& to) const {
+        if (sizeof(T) != 2) return false;
+        if (count == WIDE) to = load<u16w>(row + c);
+        else memcpy(&(to = u16w{}), row + c, 2 * (size_t)count);
+        return true;
+    }
     static ALWAYS_INLINE float widened(float x) { return x; }
     static ALWAYS_INLINE float widened(bf16 x) { return from_bf16(x); }
 };
@@ -69,6 +77,46 @@ int64_t spoil(uint8_t* codes, int64_t column) {
     return 1;
 }
 
+// Codes of WIDE elements in BF16. `smallest` and `moved` are those of Narrow, by column; `inverse` points at theirs.
+template <typename F>
+INLINE u8w codes_of_narrow(u16w x, u16w smallest, u16w moved, const float* inverse) {
+    u8w code;
+    if (__builtin_expect(encode_narrow<F>(x, smallest, moved, code), 1)) return code;
+    uint16_t values[WIDE];
+    uint8_t codes[WIDE];
+    store(values, x);
+    for (int i = 0; i < WIDE; i += LANES)
+        store(codes + i, narrow8(codes_of<F>(read(values + i), load<f32v>(inverse + i))));
+    return load<u8w>(codes);
+}
+
+INLINE uint16_t largest_narrow(u16w v) {
+    uint16_t most = 0;
+    for (int i = 0; i < WIDE; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// One tile of one row in BF16 under a power of two, its width a multiple of WIDE; false where an element is not finite.
+template <typename F>
+INLINE bool quantise_narrow_tile(const uint16_t* x, int64_t width, uint8_t* codes, float* scale) {
+    u16w most = {};
+    for (int64_t c = 0; c < width; c += WIDE) {
+        u16w magnitude = load<u16w>(x + c) & 0x7FFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    uint32_t amax = (uint32_t)largest_narrow(most) << 16;
+    if (amax >= INFINITE) return false;
+    Scale s = scale_of<F>(amax, true);
+    *scale = s.scale;
+    Narrow<F> n = Narrow<F>::of(s.scale);
+    u16w smallest = u16w{} + n.smallest, moved = u16w{} + n.moved;
+    float inverse[WIDE];
+    for (int i = 0; i < WIDE; ++i) inverse[i] = s.inverse;
+    for (int64_t c = 0; c < width; c += WIDE)
+        store(codes + c, codes_of_narrow<F>(load<u16w>(x + c), smallest, moved, inverse));
+    return true;
+}
+
 // Tiles one row high and `tile` columns wide (0: a whole segment); they restart every `segment` columns.
 template <typename F, typename S>
 int64_t quantise_row(
@@ -80,6 +128,11 @@ int64_t quantise_row(
         int64_t end = start + segment, width = tile ? tile : segment;
         for (int64_t from = start; from < end; from += width) {
             int64_t to = from + width < end ? from + width : end;
+            if (S::BF16 && F::M != 6 && power_of_two && (to - from) % WIDE == 0 &&
+                quantise_narrow_tile<F>((const uint16_t*)source.row(r) + from, to - from, codes + from, scales + next)) {
+                ++next;
+                continue;
+            }
             u32v most = {};
             int64_t c = from;
             for (; c + LANES <= to; c += LANES) most = larger(most, bits(source.at(x, c)) & MAGNITUDE);
@@ -169,14 +222,72 @@ int64_t encode_strip(const Strip& s, const float* inverse, uint8_t* codes, int64
     return nonfinite;
 }
 
+// The same in BF16.
+struct NarrowStrip {
+    uint16_t value[TILE][STRIP], amax[STRIP];
+};
+
+// False where the values do not fit BF16 or are not finite.
+template <typename S>
+INLINE bool fill_narrow(NarrowStrip& s, S source, int64_t top, int64_t bottom, int64_t from, int64_t count) {
+    u16w most[STRIP / WIDE] = {};
+    for (int64_t r = top; r < bottom; ++r) {
+        auto x = source.row(r);
+        for (int64_t i = 0; i < STRIP / WIDE; ++i) {
+            int64_t left = count - i * WIDE;
+            u16w v = {};
+            if (left > 0 && !source.narrow(x, from + i * WIDE, left < WIDE ? left : WIDE, v)) return false;
+            u16w magnitude = v & 0x7FFF;
+            most[i] = magnitude > most[i] ? magnitude : most[i];
+            store(&s.value[r - top][i * WIDE], v);
+        }
+    }
+    u16w all = {};
+    for (int64_t i = 0; i < STRIP / WIDE; ++i) {
+        store(&s.amax[i * WIDE], most[i]);
+        all = most[i] > all ? most[i] : all;
+    }
+    return largest_narrow(all) < INFINITE >> 16;
+}
+
+template <typename F>
+void encode_narrow_strip(
+    const NarrowStrip& s, int64_t height, int64_t count, uint8_t* codes, int64_t code_stride, float* scales) {
+    alignas(64) uint16_t smallest[STRIP], moved[STRIP];
+    float inverse[STRIP];
+    for (int64_t c = 0; c < STRIP; ++c) {
+        Scale found = scale_of<F>((uint32_t)s.amax[c] << 16, true);
+        Narrow<F> n = Narrow<F>::of(found.scale);
+        inverse[c] = found.inverse, smallest[c] = n.smallest, moved[c] = n.moved;
+        if (c < count) scales[c] = found.scale;
+    }
+    for (int64_t i = 0; i < count; i += WIDE) {
+        u16w least = load<u16w>(smallest + i), shift = load<u16w>(moved + i);
+        uint8_t* to = codes + i;
+        for (int64_t r = 0; r < height; ++r, to += code_stride) {
+            u8w code = codes_of_narrow<F>(load<u16w>(&s.value[r][i]), least, shift, inverse + i);
+            if (count - i >= WIDE) store(to, code);
+            else memcpy(to, &code, (size_t)(count - i));
+        }
+    }
+}
+
 // 128 x 1: a scale a column.
 template <typename F, typename S>
 int64_t quantise_columns(
     S source, int64_t top, int64_t bottom, int64_t columns, bool power_of_two, uint8_t* codes, float* scales) {
-    Strip s;
+    union {
+        Strip s;
+        NarrowStrip narrow;
+    };
     int64_t nonfinite = 0;
     for (int64_t from = 0; from < columns; from += STRIP) {
-        fill(s, source, top, bottom, from, columns - from < STRIP ? columns - from : STRIP);
+        int64_t count = columns - from < STRIP ? columns - from : STRIP;
+        if (power_of_two && S::BF16 && fill_narrow(narrow, source, top, bottom, from, count)) {
+            encode_narrow_strip<F>(narrow, bottom - top, count, codes + top * columns + from, columns, scales + from);
+            continue;
+        }
+        fill(s, source, top, bottom, from, count);
         float inverse[STRIP];
         for (int64_t c = 0; c < s.count; ++c) {
             Scale found = scale_of<F>(s.amax[c], power_of_two);
@@ -272,6 +383,7 @@ enum FormatName : int64_t { E4M3_NAME, E5M2_NAME, E5M6_NAME };
 // Codes of 1 x 128 (or 1 x segment) tiles, read through an index, as values: what a re-quantiser starts from.
 template <typename F>
 struct Codes {
+    static constexpr bool BF16 = true;
     const uint8_t* codes;
     const float* scales;
     const int64_t* index;
@@ -293,6 +405,14 @@ struct Codes {
     ALWAYS_INLINE f32v part(Row row, int64_t c, int64_t count) const {
         u32v code = F::M == 6 ? twelve(row.codes + c / 2 * 3, count) : widen(load_part<u8v>(row.codes + c, count));
         return decode<F>(code) * splat(row.scales[c / TILE]);
+    }
+    // Values of narrow formats fit BF16 under a power of two, unless it is a very small one.
+    ALWAYS_INLINE bool narrow(Row row, int64_t c, int64_t count, u16w& to) const {
+        u32v left = bits(count >= LANES ? at(row, c) : part(row, c, count)), right = {};
+        if (count == WIDE) right = bits(at(row, c + LANES));
+        else if (count > LANES) right = bits(part(row, c + LANES, count - LANES));
+        to = join(left >> 16, right >> 16);
+        return largest_lane((left | right) & 0xFFFF) == 0;
     }
     ALWAYS_INLINE u32v twelve(const uint8_t* from, int64_t count) const {
         u32v code = {};
