@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tessera.native import instruction_sets
 from tessera.numerics import BLOCK, COLUMN, E4M3, E5M6, TENSOR, VECTOR, TiledTensor, operators, quantise
 from tessera.numerics.formats import Format
 from tessera.numerics.tiles import Tile
@@ -98,3 +99,26 @@ def test_a_compiled_function_contains_the_operators_whole() -> None:
     compiled = torch.compile(there_and_back, backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), there_and_back(x))
     assert [name for name in seen if "tessera" in name] == ["tessera.quantise", "tessera.dequantise"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", *(f"cpu:{isa}" for isa in instruction_sets())])
+@pytest.mark.parametrize("mode", ["power_of_two", "float32"])
+@pytest.mark.parametrize("format", [E4M3, E5M6], ids=lambda f: f.name)
+def test_codes_are_made_again_in_columns_as_the_quantiser_makes_them_of_decoded_values(
+    format: Format, mode: str, backend: str
+) -> None:
+    for rows, columns, offsets in (
+        (1, 1, None),
+        (140, 150, OFFSETS),
+        (129, 127, None),
+        (140, 64, OFFSETS),
+        (0, 5, None),
+    ):
+        x = torch.randn(rows, columns) * torch.randn(rows, columns).mul(8).exp()
+        if rows > 100:
+            x[3, 4], x[77, 5], x[:, 6] = float("nan"), float("inf"), 2.0**-120
+        q = quantise(x, format, VECTOR, scale_mode=mode)
+        owed = quantise(q.decode(), E4M3, COLUMN, scale_mode=mode, offsets=offsets)
+        made = operators.requantise_columns(q.codes, q.scales, format.name, columns, offsets, mode, backend)
+        assert torch.equal(made[0], owed.codes) and torch.equal(made[1], owed.scales)
+        assert torch.equal(made[2], owed.nonfinite)

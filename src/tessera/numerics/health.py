@@ -47,10 +47,14 @@ class Recorder:
 
         `requantised`: the source is itself decoded codes; elements whose value changed were rounded twice.
         """
-        seen = self.nonfinite.get(name)
-        self.nonfinite[name] = quantised.nonfinite if seen is None else seen + quantised.nonfinite
+        self.count(name, quantised)
         if self.measuring and source.numel():
             self.tensors[name] = measure(source, quantised, requantised=requantised)
+
+    def count(self, name: str, quantised: TiledTensor) -> None:
+        """Count the non-finite elements of `quantised`."""
+        seen = self.nonfinite.get(name)
+        self.nonfinite[name] = quantised.nonfinite if seen is None else seen + quantised.nonfinite
 
     def first_nonfinite(self) -> tuple[str, int] | None:
         """(tensor name, count) of the first tensor that met a NaN or an infinity since `clear`, or None."""

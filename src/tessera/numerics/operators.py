@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tessera import native
-from tessera.numerics.formats import FORMATS
+from tessera.numerics.formats import E4M3, FORMATS
 from tessera.numerics.kernels import cpu, native_gemm
 from tessera.numerics.kernels import torch as vectorised
-from tessera.numerics.tiles import Tile, scale_shape
+from tessera.numerics.tiles import COLUMN, VECTOR, Tile, scale_shape
 
 BACKENDS = ("cpu", "torch", "reference")
 LIBRARY = torch.library.Library("tessera", "DEF")
@@ -29,6 +29,10 @@ LIBRARY.define(
 LIBRARY.define(
     "dequantise(Tensor codes, Tensor scales, int tile_rows, int tile_columns, int row_segment, int column_segment, "
     "Tensor? offsets, str format, int columns, str backend) -> Tensor"
+)
+LIBRARY.define(
+    "requantise_columns(Tensor codes, Tensor scales, str format, int columns, Tensor? offsets, str scale_mode, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "matmul(str kind, Tensor a_codes, Tensor a_scales, int a_tile_rows, int a_tile_columns, str a_format, "
@@ -97,6 +101,19 @@ def dequantise(
     )
 
 
+def requantise_columns(
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    columns: int,
+    offsets: Tensor | None,
+    scale_mode: str,
+    backend: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in 1 x 128 tiles -> E4M3 codes in 128 x 1 tiles: the `quantise` of the `dequantise`, in one visit."""
+    return torch.ops.tessera.requantise_columns(codes, scales, format, columns, offsets, scale_mode, backend)
+
+
 def matmul(
     kind: str,
     a_codes: Tensor,
@@ -146,6 +163,26 @@ def _dequantise(codes: Tensor, *arguments: object) -> Tensor:
     return kernels(str(backend), codes.device).dequantise(codes, *rest)
 
 
+def _requantise_columns(
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    columns: int,
+    offsets: Tensor | None,
+    scale_mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = kernels(backend, codes.device)
+    if isinstance(chosen, cpu.Kernels) and columns:
+        return chosen.requantise_columns(codes, scales, format, columns, offsets, scale_mode)
+    values = chosen.dequantise(codes, scales, *_spread(VECTOR), None, format, columns)
+    return chosen.quantise(values, *_spread(COLUMN), offsets, E4M3.name, scale_mode, "nearest")
+
+
+def _spread(tile: Tile) -> tuple[int, int, int, int]:
+    return tile.rows, tile.columns, 0, 0
+
+
 def _matmul(kind: str, a_codes: Tensor, *arguments: object) -> Tensor:
     *rest, backend = arguments
     return kernels(str(backend), a_codes.device).matmul(kind, a_codes, *rest)
@@ -179,6 +216,19 @@ def _fake_dequantise(codes: Tensor, scales: Tensor, *arguments: object) -> Tenso
     return codes.new_empty(codes.shape[0], columns, dtype=torch.float32)
 
 
+def _fake_requantise_columns(
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    columns: int,
+    offsets: Tensor | None,
+    scale_mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = codes.new_empty(codes.shape[0], columns)
+    return _fake_quantise(values, *_spread(COLUMN), offsets, E4M3.name, scale_mode, "nearest", backend)
+
+
 def _fake_matmul(
     kind: str,
     a_codes: Tensor,
@@ -206,6 +256,7 @@ def _fake_matmul(
 for _name, _implementation, _fake in (
     ("quantise", _quantise, _fake_quantise),
     ("dequantise", _dequantise, _fake_dequantise),
+    ("requantise_columns", _requantise_columns, _fake_requantise_columns),
     ("matmul", _matmul, _fake_matmul),
 ):
     LIBRARY.impl(_name, _implementation, "CPU")

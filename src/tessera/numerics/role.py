@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tessera.numerics.formats import E4M3
 from tessera.numerics.gemm import Operand
 from tessera.numerics.health import Recorder
 from tessera.numerics.precision import Precision, Quantisation
 from tessera.numerics.tiled_tensor import TiledTensor, quantise
+from tessera.numerics.tiles import COLUMN, VECTOR
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Role:
             return self._make("input_columns", x, target, offsets=offsets)
         if x.tile == target.tile and x.format == target.format:
             return x
+        plain = x.tile == VECTOR and target == Quantisation(E4M3, COLUMN, target.scale_mode) and not x.column_segment
+        if plain and not self.recorder.measuring:
+            operand = x.columnwise(target.scale_mode, offsets)
+            self.recorder.count(f"{self.name}.input_columns", operand)
+            return operand
         decoded = x.decode()
         operand = self._quantise(decoded, target, 0, 0, offsets)
         # E5M6 to E4M3 rounds once more by nature; only E4M3 to E4M3 counts as rounding twice.

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tessera.numerics import operators
-from tessera.numerics.formats import Format
-from tessera.numerics.tiles import Tile
+from tessera.numerics.formats import E4M3, Format
+from tessera.numerics.tiles import COLUMN, Tile
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class TiledTensor:
             self.shape[1],
         )
         return values.to(dtype)
+
+    def columnwise(self, scale_mode: str, offsets: Tensor | None = None) -> "TiledTensor":
+        """From 1 x 128 tiles to E4M3 in 128 x 1 tiles, each value rounded a second time; for tiles without segments."""
+        codes, scales, nonfinite = operators.requantise_columns(
+            self.codes, self.scales, self.format.name, self.shape[1], offsets, scale_mode
+        )
+        return TiledTensor(codes, scales, nonfinite, COLUMN, E4M3, self.shape, offsets=offsets)
 
     def rows(self, index: Tensor) -> "TiledTensor":
         """The rows `index` int64 [n], in that order; only for tiles one row high (a token's codes travel with it).

@@ -15,7 +15,7 @@ from tessera.numerics.formats import FORMATS
 from tessera.numerics.kernels import torch as fallback
 from tessera.numerics.kernels.native_gemm import Side
 from tessera.numerics.kernels.native_gemm import matmul as native_matmul
-from tessera.numerics.tiles import TILE, Tile, scale_shape
+from tessera.numerics.tiles import COLUMN, TILE, Tile, scale_shape
 
 FORMAT_NAMES = ("e4m3", "e5m2", "e5m6")  # as source/quantise.cpp numbers them
 DTYPES = (torch.float32, torch.bfloat16)
@@ -89,6 +89,20 @@ class Kernels:
                 rows, *source, columns, tile_columns, across, *how, *into, work=columns, isa=self.isa
             )
         return codes, scales, torch.tensor(nonfinite)
+
+    def requantise_columns(
+        self, codes: Tensor, scales: Tensor, format: str, columns: int, offsets: Tensor | None, scale_mode: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See operators.requantise_columns."""
+        rows, groups = codes.shape[0], 0 if offsets is None else offsets.numel() - 1
+        codes, scales = codes.contiguous(), scales.contiguous()
+        shape = scale_shape(rows, columns, COLUMN, groups=groups)
+        made = codes.new_empty(rows, columns)
+        made_scales = scales.new_empty(shape)
+        source = (codes, scales, codes.shape[1], scales.shape[1], FORMAT_NAMES.index(format), None)
+        how = (rows, columns, offsets, groups, scale_mode == "power_of_two")
+        nonfinite = REQUANTISE_COLUMNS(shape[0], *source, *how, made, made_scales, work=TILE * columns, isa=self.isa)
+        return made, made_scales, torch.tensor(nonfinite)
 
     def dequantise(
         self,
