@@ -83,6 +83,6 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("tessera.native.kernels", sorted(map(str, SOURCE.glob("*.cpp"))), optional=True)],
+    ext_modules=[Extension("tessera.native.kernels", sorted(map(str, SOURCE.glob("*.cpp"))))],
     cmdclass={"build_ext": BuildNative},
 )

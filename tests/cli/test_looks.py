@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tessera.cli import doctor
+from tessera.native import library
 from tests.cli.conftest import tessera
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -76,7 +77,18 @@ def test_doctor_finds_this_machine_sound_and_says_so_in_json() -> None:
 def test_doctor_ends_with_1_where_the_kernels_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "kernels_agree", lambda: False)
     answer = tessera("doctor")
-    assert answer.code == 1 and "different codes" in answer.out and "all is well" not in answer.out
+    assert answer.code == 1 and "the reference kernel does not" in answer.out and "all is well" not in answer.out
+
+
+def test_doctor_says_where_native_kernels_are_missing_what_is_lost_and_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "library", lambda: library.opened(tmp_path / "kernels.so"))
+    answer = tessera("doctor")
+    assert answer.code == 0 and answer.out.endswith("all is well\n")  # slower, but sound
+    assert "were not built" in answer.out and "several times as long" in answer.out
+    assert "install a C++ compiler" in answer.out
+    assert tessera("doctor", "--json").json["kernels"] == "torch"
 
 
 def test_deepseek_v3_has_the_published_figures() -> None:

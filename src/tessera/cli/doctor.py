@@ -32,11 +32,13 @@ def examine() -> dict[str, Any]:
     """Everything that doctor knows, as one JSON-able dict; `problems` lists what is wrong."""
     import torch
 
+    from tessera import native
+
     problems = []
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         problems.append(f"Python {platform.python_version()}: tessera is tested on 3.11 and 3.12")
     if not (equal := kernels_agree()):
-        problems.append("the vectorised FP8 kernel and the reference kernel give different codes on this machine")
+        problems.append("the FP8 kernels give codes on this machine that the reference kernel does not")
     return {
         "tessera": version("tessera"),
         "python": platform.python_version(),
@@ -47,7 +49,9 @@ def examine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "kernels": "torch (vectorised PyTorch, any device)",
+        "kernels": "native" if native.available() else "torch",
+        "instruction_sets": list(native.instruction_sets()),
+        "without_native_kernels": native.problem() or None,
         "kernels_equal_reference": equal,
         "extras": {extra: _version(package) for extra, package in EXTRAS.items()},
         "problems": problems,
@@ -55,23 +59,36 @@ def examine() -> dict[str, Any]:
 
 
 def kernels_agree() -> bool:
-    """Codes and scales of both kernels are equal on a matrix with outliers, zeros and ragged tiles."""
+    """Codes and scales of all kernels are the reference's, on a matrix with outliers, zeros and ragged tiles."""
     import torch
 
+    from tessera import native
     from tessera.numerics import operators
+
+    backends = ["reference", "torch", *(f"cpu:{isa}" for isa in native.instruction_sets())]
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 300, generator=generator) * torch.logspace(-6, 5, 300)
     x[1] = 0
     for tile in ((1, 128), (128, 1), (128, 128)):
         for mode in ("power_of_two", "float32"):
-            one, two = (
-                operators.quantise(x, *tile, 0, 0, None, "e4m3", mode, "nearest", backend)
-                for backend in ("torch", "reference")
+            owed, *others = (
+                operators.quantise(x, *tile, 0, 0, None, "e4m3", mode, "nearest", backend) for backend in backends
             )
-            if not all(torch.equal(a, b) for a, b in zip(one, two, strict=True)):
-                return False
+            for made in others:
+                if not all(torch.equal(a, b) for a, b in zip(made, owed, strict=True)):
+                    return False
     return True
+
+
+def _kernels(facts: dict[str, Any]) -> str:
+    if not facts["without_native_kernels"]:
+        best, *others = facts["instruction_sets"]
+        return f"native, {best}" + (f" (also {', '.join(others)})" if others else "")
+    return (
+        f"PyTorch only: {facts['without_native_kernels']}\n{'':<18}a training step takes several times as long; "
+        "install a C++ compiler (g++ or clang), then tessera again"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -87,7 +104,7 @@ def _print(facts: dict[str, Any]) -> None:
         "tessera": f"{facts['tessera']}, Python {facts['python']}, torch {facts['torch']}",
         "machine": f"{facts['platform']}, {cpu}",
         "devices": f"cpu, cuda: {facts['cuda']}" if facts["cuda"] else "cpu (no CUDA device)",
-        "kernels": facts["kernels"],
+        "kernels": _kernels(facts),
         "numbers": f"FP8 codes equal the reference: {'yes' if facts['kernels_equal_reference'] else 'NO'}",
     }
     for extra, found in facts["extras"].items():

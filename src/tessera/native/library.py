@@ -23,15 +23,21 @@ class Library:
 @cache
 def library() -> Library:
     """The library, opened once in a process."""
-    if not PATH.is_file():
-        return Library(None, "the native kernels were not built (no C++ compiler when tessera was installed?)", ())
+    return opened(PATH)
+
+
+def opened(path: Path) -> Library:
+    if not path.is_file():
+        return Library(
+            None, "the native kernels were not built (was there a C++ compiler when tessera was installed?)", ()
+        )
     try:
-        handle = ctypes.CDLL(str(PATH))
+        handle = ctypes.CDLL(str(path))
     except OSError as error:
-        return Library(None, f"{PATH} cannot be loaded: {error}", ())
+        return Library(None, f"{path} cannot be loaded: {error}", ())
     handle.tessera_version.restype = handle.tessera_features.restype = ctypes.c_int64
     if (found := handle.tessera_version()) != VERSION:
-        return Library(None, f"{PATH} has interface {found}, this tessera needs {VERSION}: install it again", ())
+        return Library(None, f"{path} has interface {found}, this tessera needs {VERSION}: install it again", ())
     features = handle.tessera_features()
     return Library(handle, "", tuple(name for name, bit in SETS.items() if features & bit == bit))
 
@@ -52,10 +58,10 @@ def instruction_sets() -> tuple[str, ...]:
 
 def require(isa: str = "") -> None:
     """Raises ValueError, with the reason, where there is no library or the machine cannot run `isa` ("": any)."""
-    opened = library()
-    if opened.handle is None:
-        raise ValueError(opened.problem)
+    found = library()
+    if found.handle is None:
+        raise ValueError(found.problem)
     if isa and isa not in SETS:
         raise ValueError(f"no instruction set {isa!r}; there are {', '.join(SETS)}")
-    if isa and isa not in opened.sets:
-        raise ValueError(f"this machine has no {isa}; it has {', '.join(opened.sets)}")
+    if isa and isa not in found.sets:
+        raise ValueError(f"this machine has no {isa}; it has {', '.join(found.sets)}")
