@@ -63,7 +63,7 @@ class Problem:
     interval: int = 128
     out_dtype: torch.dtype = torch.float32
 
-    def run(self, kernel: Kernel, **keywords: str) -> Tensor:
+    def run(self, kernel: Kernel, **keywords: str | None) -> Tensor:
         a, b = self.a, self.b
         return kernel.matmul(
             self.kind,

@@ -181,8 +181,12 @@ struct Rows {
 
 #if defined(__AMX_BF16__)
 
+// GCC's tile intrinsics do not say that they read memory: without this it may write an operand after they read it.
+INLINE void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
 void product(Rows rows_of_a, const uint32_t* b, int64_t chunks, int64_t rows, Square& c) {
     const element* a = rows_of_a.at;
+    memory_barrier();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -382,6 +386,7 @@ TESSERA_ENTRY(void, gemm)(int64_t begin, int64_t end, const Problem* problem) {
         uint16_t width[16];
         uint8_t height[16];
     } tiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    memory_barrier();
     _tile_loadconfig(&tiles);
 #endif
     int64_t longest = 0;

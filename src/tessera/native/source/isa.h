@@ -98,7 +98,13 @@ INLINE V choose(M mask, V a, V b) {
 }
 
 INLINE u32v widen(u16v x) { return __builtin_convertvector(x, u32v); }
-INLINE u32v widen(u8v x) { return __builtin_convertvector(x, u32v); }
+INLINE u32v widen(u8v x) {
+#if defined(__AVX512F__)
+    return (u32v)_mm512_maskz_cvtepu8_epi32(0xFFFF, (__m128i)x);
+#else
+    return widen(__builtin_convertvector(x, u16v));  // GCC does one step lane by lane
+#endif
+}
 // The lower halves of the words of both, in order.
 INLINE u16w join(u32v left, u32v right) {
     u16v both[2] = {__builtin_convertvector(left, u16v), __builtin_convertvector(right, u16v)};

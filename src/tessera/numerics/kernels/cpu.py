@@ -171,4 +171,5 @@ class Kernels:
             return y
         a_operand = (a_codes, a_scales, a_tile_rows, a_tile_columns, a_format)
         b_operand = (b_codes, b_scales, b_tile_rows, b_tile_columns, b_format)
-        return fallback.matmul(kind, *a_operand, *b_operand, segment, offsets, accumulation, interval, out_dtype)
+        how = (segment, offsets, accumulation, interval, out_dtype)
+        return fallback.matmul(kind, *a_operand, *b_operand, *how, isa=self.isa)

@@ -1,4 +1,4 @@
-"""Hopper's FP8 tensor-core accumulation, vectorised over outputs.
+"""Hopper's FP8 tensor-core accumulation: compiled (native/source/hopper.cpp), and vectorised over outputs in PyTorch.
 
 One wgmma instruction takes 32 products and the accumulator. Each product keeps the sum of its operands' exponents
 (it is not renormalised, so its significand is below 4; subnormal operands keep the format's minimum exponent). The
@@ -8,6 +8,9 @@ MMA-Sim (arXiv 2511.10909), validated bit for bit on the hardware; the report's 
 
 All terms fit float32: 33 of them, each below 2^15 units, sum below 2^24. Promotion every `interval` elements adds
 s_a * s_b * accumulator to a float32 result with one rounding (DeepSeek-V3 report, section 3.3.2).
+
+`native_hopper` runs on a CPU and is some fifty times as fast; `hopper_matmul` needs no library and runs on any
+device. Where finite codes meet, they give the same bits. Infinite codes of E5M2 count as NaN in the former only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +19,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tessera.native import Kernel
 from tessera.numerics.formats import Format
 
+KERNEL = Kernel("hopper_matmul", "piipiipppiip")
 INSTRUCTION_K = 32
 FRACTION_BITS = 13
 NO_EXPONENT = -1000.0  # of a zero: takes no part in the maximum
@@ -41,26 +46,90 @@ def hopper_matmul(
     `indices` gives the tile of each row and column of a and of b; `interval` 0 never promotes. float32 out.
     """
     (a_rows, a_columns), (b_rows, b_columns) = indices
-    bounds = [0, a.shape[0]] if offsets is None else offsets.tolist()
-    groups = len(bounds) - 1
     results = []
-    for g, (start, end) in enumerate(pairwise(bounds)):
-        a_g, a_index = a[start:end], a_rows[start:end]
+    for tokens, others, lengths in _products(kind, a, b, segment, offsets):
+        left = (a[tokens], a_scales[a_rows[tokens]][:, a_columns])
+        right = (b[others], b_scales[b_rows[others]][:, b_columns])
         if kind == "wgrad":
-            left = (a_g.t(), a_scales[a_index][:, a_columns].t())
-            right = (b[start:end].t(), b_scales[b_rows[start:end]][:, b_columns].t())
-            lengths = [end - start]
-        else:
-            rows = slice(g * (b.shape[0] // groups), (g + 1) * (b.shape[0] // groups))
-            left = (a_g, a_scales[a_index][:, a_columns])
-            right = (b[rows], b_scales[b_rows[rows]][:, b_columns])
-            lengths = [a.shape[1]]
-            if kind == "dgrad":
-                right = (right[0].t(), right[1].t())
-                if segment:
-                    lengths = [segment] * (a.shape[1] // segment)
+            left = (left[0].t(), left[1].t())
+        if kind != "fprop":
+            right = (right[0].t(), right[1].t())
         results.append(_contract(*left, *right, lengths, formats, interval))
     return torch.cat(results)
+
+
+def native_hopper(
+    kind: str,
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    formats: tuple[Format, Format],
+    indices: Sequence[tuple[Tensor, Tensor]],
+    segment: int,
+    offsets: Tensor | None,
+    interval: int,
+    isa: str = "",
+) -> Tensor:
+    """`hopper_matmul` of codes (uint8) on a CPU, by the compiled kernel; `isa` forces an instruction set.
+
+    A block of the contraction is taken to have one scale, that of its first element. Raises ValueError without the
+    library, or where `isa` cannot be run.
+    """
+    (a_rows, a_columns), (b_rows, b_columns) = indices
+    a, b = a.contiguous(), b.contiguous()
+    products = list(_products(kind, a, b, segment, offsets))
+    outputs = b.shape[0] // len(products) if kind == "fprop" else b.shape[1]
+    # Every element is added to, block by block.
+    rows = len(products) * a.shape[1] if kind == "wgrad" else a.shape[0]
+    result = torch.zeros(rows, outputs, dtype=torch.float32)
+    row = 0
+    for tokens, others, lengths in products:
+        edges = torch.tensor([0, *(end for _, end in _blocks(lengths, interval))])
+        first = edges[:-1]
+        if kind == "wgrad":
+            left, left_scales = a[tokens].t().contiguous(), a_scales[a_rows[tokens][first]][:, a_columns].t()
+        else:
+            left, left_scales = a[tokens], a_scales[a_rows[tokens]][:, a_columns[first]]
+        if kind == "fprop":
+            right, right_scales = b[others].t().contiguous(), b_scales[b_rows[others]][:, b_columns[first]].t()
+        else:
+            right, right_scales = b[others], b_scales[b_rows[others][first]][:, b_columns]
+        count, length = left.shape
+        KERNEL(
+            count,
+            left,
+            length,
+            formats[0].mantissa_bits,
+            right,
+            outputs,
+            formats[1].mantissa_bits,
+            left_scales.contiguous(),
+            right_scales.contiguous(),
+            edges,
+            len(first),
+            outputs,
+            result[row : row + count],
+            work=length * outputs // 16,  # about 16 products take as long as an element of other kernels
+            isa=isa,
+        )
+        row += count
+    return result
+
+
+def _products(
+    kind: str, a: Tensor, b: Tensor, segment: int, offsets: Tensor | None
+) -> Iterator[tuple[slice, slice, list[int]]]:
+    """Of each group: its rows of a, its rows of b, and the lengths of the segments the contraction falls into."""
+    bounds = [0, a.shape[0]] if offsets is None else offsets.tolist()
+    outputs = b.shape[0] // (len(bounds) - 1)  # rows of a group's weights
+    for g, (start, end) in enumerate(pairwise(bounds)):
+        if kind == "wgrad":
+            yield slice(start, end), slice(start, end), [end - start]
+        else:
+            restarts = kind == "dgrad" and segment
+            lengths = [segment] * (a.shape[1] // segment) if restarts else [a.shape[1]]
+            yield slice(start, end), slice(g * outputs, (g + 1) * outputs), lengths
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

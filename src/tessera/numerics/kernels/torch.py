@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessera.numerics import dense
 from tessera.numerics.formats import FORMATS, Format
-from tessera.numerics.kernels.hopper import hopper_matmul
+from tessera.numerics.kernels.hopper import hopper_matmul, native_hopper
 from tessera.numerics.kernels.layout import Layout, Piece
 from tessera.numerics.kernels.twelve_bits import pack, unpack_to_half
 from tessera.numerics.tiles import TILE, Tile
@@ -98,8 +98,9 @@ def matmul(
     accumulation: str,
     interval: int,
     out_dtype: torch.dtype,
+    isa: str | None = None,
 ) -> Tensor:
-    """See kernels/__init__.py."""
+    """See kernels/__init__.py. `isa`: the tensor-core model in compiled code, in that set of instructions ("": any)."""
     a_segment, b_segment = (0 if kind == "fprop" else segment), (0 if kind == "wgrad" else segment)
     b_offsets = offsets if kind == "wgrad" else None
     a_layout = _layout(a_codes.shape, a_tile_rows, a_tile_columns, 0, a_segment, offsets)
@@ -109,9 +110,14 @@ def matmul(
         block = 0 if accumulation == "hopper_unpromoted" else interval
         _require_constant_scales(kind, block, a_layout.tile, b_layout.tile)
         indices = [(o.row_tiles(a_codes.device), o.column_tiles(a_codes.device)) for o in (a_layout, b_layout)]
-        a, b = _values(a_codes, a_format_), _values(b_codes, b_format_)
         formats = (a_format_, b_format_)
-        y = hopper_matmul(kind, a, a_scales, b, b_scales, formats, indices, segment, offsets, block)
+        if isa is not None:
+            y = native_hopper(
+                kind, a_codes, a_scales, b_codes, b_scales, formats, indices, segment, offsets, block, isa
+            )
+        else:
+            a, b = _values(a_codes, a_format_), _values(b_codes, b_format_)
+            y = hopper_matmul(kind, a, a_scales, b, b_scales, formats, indices, segment, offsets, block)
         return y.to(out_dtype)
     exact = out_dtype == torch.bfloat16 and _exact_in_bf16(a_scales) and _exact_in_bf16(b_scales)
     dtype = torch.bfloat16 if exact else torch.float32
