@@ -56,7 +56,7 @@ def test_v3_keeps_fast_pairs_divides_slow_ones_and_scales_the_softmax() -> None:
 
 
 def test_scores_depend_on_the_distance_alone() -> None:
-    from tessera.ops.latent_attention import rotate
+    from tessera.ops.attention_strips import rotate
 
     turning = rotation(shapes.section(qk_rope_head_dim=16))
     q, k = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))

@@ -67,7 +67,7 @@ def test_a_document_mask_is_running_the_documents_apart(precision: str) -> None:
 def test_the_document_mask_agrees_with_the_slow_model() -> None:
     section = shapes.section(num_hidden_layers=2, **shapes.YARN)
     model = shapes.model(section)
-    sequence, documents = shapes.tokens(section, batch=1, length=13), [4, 4, 4, 9, 9, 1, 1, 1, 1, 1, 1, 4, 4]
+    sequence, documents = shapes.tokens(section, batch=1, length=13), [4, 4, 4, 9, 9, 1, 1, 1, 1, 1, 1, 7, 7]
     state = slow_model.float64(hugging_face_state(model))
     owed = slow_model.trunk(sequence[0].tolist(), state, section, documents)
     assert shapes.relative(model(sequence, document_ids=torch.tensor([documents])).hidden[0], owed) <= 1e-5

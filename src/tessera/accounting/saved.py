@@ -5,8 +5,9 @@ that a model of any size can be looked at without building it. A test holds the 
 byte, for every switch of [memory].
 
 What two ops keep in common is counted once; a position of the rotation counts as a token. Not listed: parameters and
-FP8 weight codes, which live anyway (see `memory`); the mask of data.cross_document_attention = false (4 bytes a token
-and key, once for all layers); the balance loss's frequencies and the quantiser's counters, a few kilobytes a layer.
+FP8 weight codes, which live anyway (see `memory`); where each token's document begins, of
+data.cross_document_attention = false (4 bytes a token, once for all layers); the balance loss's frequencies and the
+quantiser's counters, a few kilobytes a layer.
 """
 
 from collections.abc import Iterable, Iterator

@@ -27,22 +27,21 @@ class Place:
     """Where the tokens of one forward pass stand; shared by all layers.
 
     batch, length: the T = batch * length tokens, sequence by sequence. rotation: see rope.Rotation.table.
-    mask: float32 [B, 1, L, L] added to the scores, or None for plain causal attention.
+    first: int32 [B, L], the first key that each query sees, or None for plain causal attention.
     """
 
     batch: int
     length: int
     rotation: Tensor
-    mask: Tensor | None
+    first: Tensor | None
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """document_ids [B, L] -> float32 [B, 1, L, L]: 0 where key <= query in the same document, else -inf."""
-    length = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    past = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    mask = torch.zeros(same.shape, device=document_ids.device).masked_fill_(~(same & past), -torch.inf)
-    return mask[:, None]
+def document_starts(document_ids: Tensor) -> Tensor:
+    """document_ids [B, L], each document in one piece -> int32 [B, L]: where the document of each position begins."""
+    position = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(begins, position, 0).cummax(dim=1).values
 
 
 class LatentAttention(nn.Module):
@@ -101,7 +100,7 @@ class LatentAttention(nn.Module):
             self.scale,
         )
         up = Up(kept_q, kept_kv)
-        return latent_attention(q, kv, k_rope, up, place.rotation, place.mask, shape, self.o_proj.operand, keep)
+        return latent_attention(q, kv, k_rope, up, place.rotation, place.first, shape, self.o_proj.operand, keep)
 
     def _up(self, latent: Tensor, norm: Norm, projection: Projection) -> tuple[Tensor, Tensor | Again]:
         """A latent's up-projection, and what stands for it in backward."""

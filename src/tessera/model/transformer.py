@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tessera.model.attention import Place, document_mask
+from tessera.model.attention import Place, document_starts
 from tessera.model.blueprint import Blueprint
 from tessera.model.experts import MixtureOfExperts
 from tessera.model.initialise import initialise
@@ -172,8 +172,8 @@ class Transformer(nn.Module):
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device)
-        mask = None if document_ids is None else document_mask(document_ids)
-        return Place(batch, length, self.rotation.table(positions), mask)
+        first = None if document_ids is None else document_starts(document_ids)
+        return Place(batch, length, self.rotation.table(positions), first)
 
     def _checked(self, routing: Sequence[Tensor] | None, layers: int, tokens: Tensor) -> Sequence[Tensor] | None:
         if routing is None:

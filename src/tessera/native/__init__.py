@@ -4,7 +4,7 @@ What a kernel computes is stated where it is used (numerics/kernels, ops); this 
 instruction set, and shares rows among threads. The sources are in source/, one idea a file; source/isa.h has the rules.
 """
 
-from tessera.native.kernel import Kernel
+from tessera.native.kernel import SMALLEST_SHARE, Kernel
 from tessera.native.library import available, instruction_sets, problem, require
 
-__all__ = ["Kernel", "available", "instruction_sets", "problem", "require"]
+__all__ = ["SMALLEST_SHARE", "Kernel", "available", "instruction_sets", "problem", "require"]

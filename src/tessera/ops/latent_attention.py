@@ -6,54 +6,31 @@ published checkpoint has them: a pair is a complex number.
 
 Every operand of a product is rounded to the activation dtype and multiplied in FP32: q, k and v, the output's
 gradient, and (ours, the report says no more than "BF16") P in P v and P^T dO, dS in dS k and dS^T q. In between all is
-FP32: scores and their scale, the softmax, dS = P (dO v^T - delta) from the unrounded P. The core takes queries strip
-by strip, each against the keys up to its end only: little work above the diagonal, and memory for one strip of scores.
-Values keep their own width. On a CPU this takes as long as torch's flash kernel at equal widths, which it does not
-need; it is also the plain formula on every other device.
-
-A row's result depends on the keys it sees, not on how long the sequence goes on: sequences are laid out in whole
-strips, so that every product has the height and depth that its place in the sequence gives it.
+FP32: scores and their scale, the softmax, dS = P (dO v^T - delta) from the unrounded P. attention_operators has the
+kernels. A row's result depends on the keys it sees, not on how long the sequence goes on.
 
 Kept for backward: what stands for the up-projected parts (they are made again from the latents, or kept), the
 softmax's log-sum-exp, and the attention output in the output projection's own cache format (E5M6 when it is FP8):
 decoded, it serves both the softmax's backward and wgrad.
 
-Shapes: B sequences of L positions, T = B * L, D = nope + rope; S = L rounded up to whole strips.
+Shapes: B sequences of L positions, T = B * L.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tessera.numerics import gemm
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.ops.attention_operators import Parts, attention, attention_backward
+from tessera.ops.attention_strips import AttentionShape
 from tessera.ops.keep import Keep
 from tessera.ops.saved import Again, load, save
 
-QUERY_BLOCK = 64  # queries a strip of scores; larger strips waste more above the diagonal
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes and the softmax scale of one attention layer."""
-
-    batch: int
-    length: int
-    heads: int
-    nope: int
-    rope: int
-    value: int
-    softmax_scale: float
-
-    @property
-    def padded(self) -> int:
-        """The length in whole strips."""
-        return -(-self.length // QUERY_BLOCK) * QUERY_BLOCK
+__all__ = ["AttentionShape", "Up", "latent_attention"]
 
 
 @dataclass(frozen=True)
@@ -62,19 +39,6 @@ class Up:
 
     q: Tensor | Again
     kv: Tensor | Again
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn interleaved pairs: x [..., R] float32 by rotation complex64 [..., R / 2]. The transpose: its conjugate.
-
-    In real products and sums: torch's complex product rounds the last few numbers of a tensor in another way.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cosine, sine = rotation.real, rotation.imag
-    turned = torch.empty_like(x)
-    turned[..., 0::2] = even * cosine - odd * sine
-    turned[..., 1::2] = even * sine + odd * cosine
-    return turned
 
 
 class _LatentAttention(torch.autograd.Function):
@@ -86,45 +50,31 @@ class _LatentAttention(torch.autograd.Function):
         k_rope: Tensor,
         kept: Up,
         rotation: Tensor,
-        mask: Tensor | None,
+        first: Tensor | None,
         shape: AttentionShape,
         output: Weight,
         keep: Keep | None,
         parameter: Tensor,
     ) -> Tensor:
         role = output.role
-        queries, keys, values = _assemble(q, kv, k_rope, rotation, shape)
-        out, log_sum_exp = _attend(queries, keys, values, _padded_mask(mask, shape), q.dtype, shape)
-        out = _rows(out, shape).to(q.dtype)
+        out, log_sum_exp = attention(Parts(q, kv, k_rope, rotation, first), shape)
         operand = role.input(out)
         if keep:
             ctx.shape, ctx.output = shape, output
-            log_sum_exp = log_sum_exp[:, : shape.length].contiguous()
             cache = keep.attention_output(role, out, operand)
-            save(ctx, kept.q, kept.kv, k_rope, rotation, mask, log_sum_exp, cache)
+            save(ctx, kept.q, kept.kv, k_rope, rotation, first, log_sum_exp, cache)
         return gemm.fprop(operand, output.operand(), role.precision.accumulation, role.precision.activation_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        q, kv, k_rope, rotation, mask, log_sum_exp, cached = load(ctx)
-        shape, output = ctx.shape, ctx.output
-        p = output.role.precision
+        *parts, log_sum_exp, cached = load(ctx)
+        output, p = ctx.output, ctx.output.role.precision
         out = cached.decode() if isinstance(cached, TiledTensor) else cached.float()
         rows, columns = output.role.gradient(dy.contiguous())
         dw = gemm.wgrad(columns, output.role.input_columns(out), p.accumulation)
-        dout = gemm.dgrad(rows, output.operand(), p.accumulation, p.activation_dtype).float()
-
-        dout = _heads(dout, shape)
-        dq, dk, dv = _attend_backward(
-            dout,
-            (dout * _heads(out, shape)).sum(dim=-1),
-            *_assemble(q, kv, k_rope, rotation, shape),
-            pad(log_sum_exp, (0, shape.padded - shape.length)),
-            _padded_mask(mask, shape),
-            q.dtype,
-            shape,
-        )
-        return (*_disassemble(dq, dk, dv, rotation, shape, q.dtype), *[None] * 6, dw.view_as(output.parameter))
+        dout = gemm.dgrad(rows, output.operand(), p.accumulation, p.activation_dtype)
+        gradients = attention_backward(dout, out, log_sum_exp, Parts(*parts), ctx.shape)
+        return (*gradients, *[None] * 6, dw.view_as(output.parameter))
 
 
 def latent_attention(
@@ -133,148 +83,16 @@ def latent_attention(
     k_rope: Tensor,
     kept: Up,
     rotation: Tensor,
-    mask: Tensor | None,
+    first: Tensor | None,
     shape: AttentionShape,
     output: Weight,
     keep: Keep,
 ) -> Tensor:
     """q [T, heads * (nope + rope)], kv [T, heads * (nope + value)], k_rope [T, rope] -> [T, H]; T = batch * length.
 
-    rotation complex64 [1 or B, L, rope / 2]; mask float32 [B, 1, L, L], added to the scores, 0 or -inf (it must
-    contain the causal part and leave each query a key), or None for plain causal attention. `kept` stands for q and kv
-    in backward.
+    rotation complex64 [1 or B, L, rope / 2]; first int32 [B, L], the first key that each query sees, at most its own
+    position, or None for plain causal attention. `kept` stands for q and kv in backward.
     """
     how = keep if torch.is_grad_enabled() else None
-    y: Tensor = _LatentAttention.apply(q, kv, k_rope, kept, rotation, mask, shape, output, how, output.parameter)
+    y: Tensor = _LatentAttention.apply(q, kv, k_rope, kept, rotation, first, shape, output, how, output.parameter)
     return y
-
-
-def _assemble(
-    q: Tensor, kv: Tensor, k_rope: Tensor, rotation: Tensor, s: AttentionShape
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts -> queries, keys [B * heads, S, D], values [B * heads, S, value]: float32, of the parts' precision."""
-    dtype = q.dtype
-    q = q.view(s.batch, s.length, s.heads, s.nope + s.rope)
-    kv = kv.view(s.batch, s.length, s.heads, s.nope + s.value)
-    queries, keys = _strips_of(q, s.nope + s.rope, s), _strips_of(q, s.nope + s.rope, s)
-    values = _strips_of(q, s.value, s)
-    seen = slice(0, s.length)
-    queries[:, :, seen, : s.nope] = q[..., : s.nope].transpose(1, 2)
-    keys[:, :, seen, : s.nope] = kv[..., : s.nope].transpose(1, 2)
-    values[:, :, seen] = kv[..., s.nope :].transpose(1, 2)
-    q_rotated = rotate(q[..., s.nope :].float(), rotation[:, :, None])
-    k_rotated = rotate(k_rope.float().view(s.batch, s.length, s.rope), rotation)
-    queries[:, :, seen, s.nope :] = q_rotated.to(dtype).transpose(1, 2)
-    keys[:, :, seen, s.nope :] = k_rotated.to(dtype)[:, None]
-    return queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-
-
-def _strips_of(like: Tensor, width: int, s: AttentionShape) -> Tensor:
-    """float32 [B, heads, S, width] to be filled up to position L; what follows is zero."""
-    x = torch.empty(s.batch, s.heads, s.padded, width, device=like.device)
-    x[:, :, s.length :] = 0.0
-    return x
-
-
-def _disassemble(
-    dq: Tensor, dk: Tensor, dv: Tensor, rotation: Tensor, s: AttentionShape, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The transpose of `_assemble`: gradients of the parts, in `dtype`."""
-    back = rotation.conj()
-    dq, dk, dv = (x[:, : s.length].unflatten(0, (s.batch, s.heads)).transpose(1, 2) for x in (dq, dk, dv))
-    q = torch.empty(dq.shape, dtype=dtype, device=dq.device)
-    kv = q.new_empty(s.batch, s.length, s.heads, s.nope + s.value)
-    q[..., : s.nope], q[..., s.nope :] = dq[..., : s.nope], rotate(dq[..., s.nope :], back[:, :, None])
-    kv[..., : s.nope], kv[..., s.nope :] = dk[..., : s.nope], dv
-    k_rope = rotate(dk[..., s.nope :].sum(dim=2), back).to(dtype)
-    return q.flatten(2).flatten(0, 1), kv.flatten(2).flatten(0, 1), k_rope.flatten(0, 1)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype, s: AttentionShape
-) -> tuple[Tensor, Tensor]:
-    """-> (out [B * heads, S, value], log-sum-exp of the scaled scores [B * heads, S])."""
-    out = torch.empty_like(v)
-    log_sum_exp = v.new_empty(v.shape[:2])
-    for start, end in _strips(s):
-        scores = _scores(q[:, start:end], k[:, :end], v.new_zeros(()), s)
-        _exclude(scores, start, end, mask, s)
-        largest = scores.amax(dim=-1)
-        probability = torch.softmax(scores, dim=-1)
-        # The largest score's probability is 1 / sum(exp(score - largest)), at least 1 / L.
-        log_sum_exp[:, start:end] = largest - probability.amax(dim=-1).log()
-        out[:, start:end] = torch.bmm(_rounded(probability, dtype), v[:, :end])
-    return out, log_sum_exp
-
-
-def _attend_backward(
-    dout: Tensor,
-    delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_sum_exp: Tensor,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    s: AttentionShape,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; delta [B * heads, S] = sum of dout * out over a head's width."""
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start, end in _strips(s):
-        rows = slice(start, end)
-        scores = _scores(q[:, rows], k[:, :end], log_sum_exp[:, rows, None].neg(), s)
-        _exclude(scores, start, end, mask, s)
-        probability = scores.exp_()
-        offset = delta[:, rows, None].neg().expand(-1, -1, end)
-        dscores = torch.baddbmm(offset, dout[:, rows], v[:, :end].transpose(1, 2)).mul_(probability)
-        dv[:, :end].baddbmm_(_rounded(probability, dtype).transpose(1, 2), dout[:, rows])
-        dscores = _rounded(dscores, dtype)
-        dq[:, rows] = torch.bmm(dscores, k[:, :end])
-        dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, rows])
-    return dq.mul_(s.softmax_scale), dk.mul_(s.softmax_scale), dv
-
-
-def _scores(q: Tensor, k: Tensor, offset: Tensor, s: AttentionShape) -> Tensor:
-    """Scaled scores plus `offset` (a number, or one a query): the scale is applied to sums, never to an operand."""
-    offset = offset.expand(q.shape[0], q.shape[1], k.shape[1])
-    return torch.baddbmm(offset, q, k.transpose(1, 2), alpha=s.softmax_scale)
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x float32, rounded to `dtype` in place."""
-    return x if dtype == torch.float32 else x.copy_(x.to(dtype))
-
-
-def _strips(s: AttentionShape) -> Iterator[tuple[int, int]]:
-    for start in range(0, s.padded, QUERY_BLOCK):
-        yield start, start + QUERY_BLOCK
-
-
-def _exclude(scores: Tensor, start: int, end: int, mask: Tensor | None, s: AttentionShape) -> None:
-    """Add -inf where queries start .. end must not look; scores [B * heads, end - start, end], in place."""
-    if mask is not None:
-        scores.unflatten(0, (s.batch, s.heads)).add_(mask[:, :, start:end, :end])
-        return
-    square = scores[:, :, start:]
-    square += torch.full(square.shape[1:], -torch.inf, device=scores.device).triu_(1)
-
-
-def _padded_mask(mask: Tensor | None, s: AttentionShape) -> Tensor | None:
-    """mask [B, 1, L, L] -> [B, 1, S, S]; the rows of the padding are causal, so that they stay finite."""
-    if mask is None or s.padded == s.length:
-        return mask
-    padded = torch.full((s.padded, s.padded), -torch.inf, device=mask.device).triu_(1).repeat(s.batch, 1, 1, 1)
-    padded[:, :, : s.length, : s.length] = mask
-    return padded
-
-
-def _heads(x: Tensor, s: AttentionShape) -> Tensor:
-    """[T, heads * value] -> float32 [B * heads, S, value]."""
-    strips = _strips_of(x, s.value, s)
-    strips[:, :, : s.length] = x.view(s.batch, s.length, s.heads, s.value).transpose(1, 2)
-    return strips.flatten(0, 1)
-
-
-def _rows(x: Tensor, s: AttentionShape) -> Tensor:
-    """Inverse of `_heads`."""
-    return x[:, : s.length].unflatten(0, (s.batch, s.heads)).transpose(1, 2).flatten(2).flatten(0, 1)

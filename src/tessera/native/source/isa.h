@@ -142,7 +142,11 @@ INLINE void write_part(bf16* to, f32v v, int64_t count) { store_part(to, to_bf16
 // One rounding where the set has the instruction, two where it has not; where a result's bits are promised it is not
 // used, or the promise names it.
 INLINE f32v fma(f32v a, f32v b, f32v c) {
-#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+#if defined(__AVX512F__)  // by name: among other code the compiler takes the loop below apart
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
     for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #else
