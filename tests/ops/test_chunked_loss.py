@@ -6,6 +6,7 @@ import torch
 import tests.ops.float64 as float64
 from tessera.ops import chunked_loss as module
 from tessera.ops.chunked_loss import IGNORED, chunked_loss, head_logits
+from tessera.ops.gradient_room import leave_room
 from tests.ops.float64 import BF16, normal
 
 
@@ -44,6 +45,66 @@ def test_kept_logits_give_the_same_bits(tokens: int, dtype: torch.dtype) -> None
         (0.3 * loss).backward()
         results.append((loss.detach(), hidden.grad, head.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_gradient_known_beforehand_is_multiplied_in_and_costs_no_rounding(dtype: torch.dtype, chunked: bool) -> None:
+    hidden, head, targets = case(300, dtype)
+    factor = 1 / 181
+    chunked_loss(hidden, head, targets, chunked=chunked, grad_output=factor).mul(factor).backward()
+    h, w = hidden.detach().double().requires_grad_(), head.detach().to(dtype).double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(h @ w.T, targets, ignore_index=IGNORED, reduction="sum") * factor
+    exact.backward()
+    bar = 2e-6 if dtype == torch.float32 else 4e-3
+    assert float64.relative(hidden.grad, h.grad) < bar and float64.relative(head.grad, w.grad) < bar
+
+
+@pytest.mark.parametrize("known", [0.0, 1e-3, 0.5, -4.0])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_gradient_that_was_announced_wrongly_gives_the_same_gradients(known: float, chunked: bool) -> None:
+    hidden, head, targets = case(300)
+    results = []
+    for announced in (0.3, known):
+        hidden.grad = head.grad = None
+        chunked_loss(hidden, head, targets, chunked=chunked, grad_output=announced).mul(0.3).backward()
+        results.append((hidden.grad, head.grad))
+    assert all(float64.relative(a, b.double()) < 1e-6 for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_backward_twice_adds_the_same_gradient_twice(chunked: bool) -> None:
+    hidden, head, targets = case(300)
+    loss = chunked_loss(hidden, head, targets, chunked=chunked)
+    loss.backward(retain_graph=True)
+    once = head.grad.clone()
+    loss.backward()
+    assert torch.equal(head.grad, once + once)
+
+
+def test_the_head_is_given_its_gradient_and_no_copy_of_it() -> None:
+    hidden, head, targets = case(300)
+    places = []
+    for _ in range(3):
+        leave_room(head)
+        between = torch.empty_like(head)  # takes what the allocator would give again
+        chunked_loss(hidden, head, targets, grad_output=0.3).mul(0.3).backward()
+        places.append(head.grad.data_ptr())
+        assert between.data_ptr() != head.grad.data_ptr()
+    assert len(set(places)) == 1
+
+
+def test_the_room_of_the_last_gradient_leaves_nothing_in_the_next() -> None:
+    hidden, head, targets = case(300)
+    chunked_loss(hidden, head, targets).backward()
+    fresh = head.grad.clone()
+    head.grad.fill_(float("nan"))
+    leave_room(head)
+    chunked_loss(hidden, head, targets).backward()
+    assert torch.equal(head.grad, fresh)
+    leave_room(head)
+    chunked_loss(hidden[:0], head, targets[:0]).backward()
+    assert (head.grad == 0).all()
 
 
 def test_ignored_positions_have_no_gradient_and_none_left_is_zero() -> None:

@@ -204,7 +204,7 @@ class _Saved:
     def head(self) -> Iterator[SavedTensor]:
         hidden, vocabulary, op = self.model.hidden_size, self.model.vocab_size, "chunked_loss"
         if self.memory.chunked_head:
-            yield self.plain(HEAD, op, "gradient of hidden states", "fp32", hidden)
+            yield self.plain(HEAD, op, "gradient of hidden states", self.dtype, hidden)
             yield self.plain(HEAD, op, "gradient of the head", "fp32", 0, vocabulary * hidden)
         else:
             yield self.plain(HEAD, op, "hidden states", self.dtype, hidden)

@@ -1,8 +1,12 @@
 """The output head and its cross-entropy, a few hundred tokens at a time: no logits are kept (unless asked for).
 
 Logits are FP32, from BF16 operands with FP32 accumulation; the head's gradient is FP32 (docs/numerics.md, "Precision
-by role"). Loss and gradients of a chunk are made together in forward, so memory is one chunk of logits, the gradient
-of the hidden states and that of the head. `backward` only scales them by the gradient that arrives.
+by role"). Loss and gradients of a chunk are made together in forward, so memory is one chunk of logits and of their
+gradient, the gradient of the hidden states and that of the head.
+
+Gradients made in forward need the one that backward will bring. A caller that knows it says so, and it is multiplied in
+where the logits' gradient is rounded anyway; `backward` then has nothing to compute. Any other gradient scales the
+results.
 """
 
 from collections.abc import Iterator
@@ -12,9 +16,12 @@ import torch
 from torch import Tensor
 
 from tessera.numerics.dense import MINIMUM_ROWS, matmul_rows, tall
+from tessera.ops.cross_entropy import IGNORED, cross_entropy
+from tessera.ops.gradient_room import room_for_gradient
+
+__all__ = ["CHUNK_TOKENS", "IGNORED", "chunked_loss", "head_logits"]
 
 CHUNK_TOKENS = 256
-IGNORED = -100  # target of a position that has none
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -25,68 +32,98 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return matmul_rows(hidden.float(), weight.to(hidden.dtype).float().t())
 
 
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool = True, grad_output: float = 1.0
+) -> Tensor:
+    """Sum over tokens of the next-token cross-entropy in nats: hidden [T, H], weight [V, H] float32, targets int64 [T].
+
+    Targets equal to IGNORED take no part. float32 scalar; tokens are added in float64. With `chunked` false all
+    logits are kept for backward; results have the same bits. grad_output: the gradient of this loss that backward
+    will bring, where it is known; right or wrong, gradients are right, but only a right one costs nothing.
+    Raises ValueError for targets that are neither a token nor IGNORED.
+    """
+    grad = torch.is_grad_enabled()
+    loss: Tensor = (
+        _ChunkedLoss.apply(hidden, weight, targets, grad_output, grad)
+        if chunked or not grad
+        else _WholeLoss.apply(hidden, weight, targets, grad_output)
+    )
+    return loss
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Gradients are made in forward, from the logits of one chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> Tensor:
-        head = _Head(hidden, weight, targets)
-        # Two strips that all chunks reuse: fresh ones of this size cost a CPU more in page faults than their contents.
-        strips = torch.empty(2, head.height, weight.shape[0], device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_output: float, keep: bool) -> Tensor:
+        head = _Head(hidden, weight, targets, grad_output)
+        # Strips that all chunks reuse: fresh ones of this size cost a CPU more in page faults than their contents.
+        logits = hidden.new_empty(head.height, weight.shape[0], dtype=torch.float32)
+        d = torch.empty_like(logits, dtype=hidden.dtype) if keep else None
         loss = hidden.new_zeros((), dtype=torch.float64)
-        gradients = head.zero_gradients() if keep else None
         for rows in head.chunks():
-            logits = head.logits(rows, strips[0])
-            loss += head.loss(rows, logits, strips[1])
-            if gradients:
-                head.add_gradients(rows, strips[1], *gradients)
-        if gradients:
-            ctx.save_for_backward(*gradients)
-            ctx.dtype = hidden.dtype
+            loss += head.loss(rows, head.logits(rows, logits), d)
+            if d is not None:
+                head.add_gradients(rows, d, logits)
+        if keep:
+            ctx.save_for_backward(*head.gradients())
+            ctx.expected = head.grad_output
         return loss.float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dhidden, dweight = ctx.saved_tensors
-        return (dhidden * gradient).to(ctx.dtype), dweight * gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dhidden, dweight = _scaled(ctx.saved_tensors, gradient, ctx.expected)
+        return dhidden, dweight, None, None, None
 
 
 class _WholeLoss(torch.autograd.Function):
     """All logits are kept, as a loss behind a linear keeps them; the same sums, made in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        head = _Head(hidden, weight, targets)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, grad_output: float) -> Tensor:
+        head = _Head(hidden, weight, targets, grad_output)
         tail = hidden.shape[0] % CHUNK_TOKENS or MINIMUM_ROWS  # a short last chunk is written with zeros behind it
         rows_written = hidden.shape[0] + max(MINIMUM_ROWS - tail, 0)
-        kept = torch.empty(rows_written, weight.shape[0], device=hidden.device)
-        strip = torch.empty(head.height, weight.shape[0], device=hidden.device)
+        kept = hidden.new_empty(rows_written, weight.shape[0], dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float64)
         for rows in head.chunks():
-            loss += head.loss(rows, head.logits(rows, kept[rows.start :]), strip)
+            loss += head.loss(rows, head.logits(rows, kept[rows.start :]), None)
         ctx.save_for_backward(hidden, weight, targets, kept[: hidden.shape[0]])
+        ctx.expected = head.grad_output
         return loss.float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, logits = ctx.saved_tensors
-        head = _Head(hidden, weight, targets)
-        strip = torch.empty(head.height, weight.shape[0], device=hidden.device)
-        dhidden, dweight = head.zero_gradients()
+        head = _Head(hidden, weight, targets, ctx.expected)
+        strip = torch.empty_like(logits[: head.height])
+        d = torch.empty_like(strip, dtype=hidden.dtype)
         for rows in head.chunks():
-            head.loss(rows, logits[rows], strip)
-            head.add_gradients(rows, strip, dhidden, dweight)
-        return (dhidden * gradient).to(hidden.dtype), dweight * gradient, None
+            head.loss(rows, logits[rows], d)
+            head.add_gradients(rows, d, strip)
+        dhidden, dweight = _scaled(head.gradients(), gradient, ctx.expected)
+        return dhidden, dweight, None, None
+
+
+def _scaled(gradients: tuple[Tensor, ...], gradient: Tensor, expected: float) -> Iterator[Tensor]:
+    """Gradients made for `expected`, for the one that came."""
+    if float(gradient) == expected:
+        return iter(gradients)
+    ratio = float(gradient) / expected
+    return ((one.float() * ratio).to(one.dtype) for one in gradients)
 
 
 class _Head:
     """The steps of one chunk. hidden [T, H], weight [V, H] float32, targets [T]; `rows` is a slice of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, grad_output: float) -> None:
         self.hidden, self.weight, self.targets = hidden, weight, targets
+        # As autograd brings it; results for a gradient of zero could not be scaled to any other.
+        self.grad_output = float(torch.tensor(grad_output, dtype=torch.float32)) or 1.0
         self.operand = weight.to(hidden.dtype)
         self.transposed = self.operand.float().t()
         self.height = max(min(CHUNK_TOKENS, hidden.shape[0]), MINIMUM_ROWS)  # rows that a chunk's products take
+        self._gradients: tuple[Tensor, Tensor] | None = None
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], CHUNK_TOKENS):
@@ -94,46 +131,43 @@ class _Head:
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Logits [rows, V], written to the first rows of `out`, which has `height` of them."""
-        x = self.hidden[rows].float()
-        padded = tall(x, MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
-        torch.mm(padded, self.transposed, out=out[: padded.shape[0]])
-        return out[: x.shape[0]]
+        return _fprop(self.hidden[rows], self.transposed, out)
 
-    def loss(self, rows: slice, logits: Tensor, probability: Tensor) -> Tensor:
-        """The chunk's loss, float64 []; the softmax of its logits goes to the first rows of `probability`."""
-        target = self.targets[rows]
-        largest, own = logits.amax(dim=-1), logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
-        probability = probability[: logits.shape[0]]
-        torch.softmax(logits, dim=-1, out=probability)
-        # The largest logit's probability is 1 / sum(exp(logit - largest)), at least 1 / V.
-        token_loss = largest - probability.amax(dim=-1).log() - own
-        return torch.where(target != IGNORED, token_loss, 0.0).sum(dtype=torch.float64)
+    def loss(self, rows: slice, logits: Tensor, d: Tensor | None) -> Tensor:
+        """The chunk's loss, float64 []; the gradient of its logits goes to the first rows of `d`."""
+        d = None if d is None else d[: logits.shape[0]]
+        return cross_entropy(logits, self.targets[rows], self.grad_output, d).sum(dtype=torch.float64)
 
-    def zero_gradients(self) -> tuple[Tensor, Tensor]:
-        """Room for those of hidden and weight, both float32."""
-        return torch.empty_like(self.hidden, dtype=torch.float32), torch.zeros_like(self.weight)
+    def add_gradients(self, rows: slice, d: Tensor, strip: Tensor) -> None:
+        """Fill the chunk's rows of the hidden states' gradient and add to the head's; `strip` is overwritten."""
+        x, d = self.hidden[rows], d[: rows.stop - rows.start]
+        if first := self._gradients is None:
+            self._gradients = torch.empty_like(self.hidden), room_for_gradient(self.weight)
+        dhidden, dweight = self._gradients
+        dhidden[rows] = _dgrad(d, self.operand)
+        _add_wgrad(d, x, dweight, first, strip)
 
-    def add_gradients(self, rows: slice, probability: Tensor, dhidden: Tensor, dweight: Tensor) -> None:
-        """Fill the chunk's rows of dhidden and add to dweight; `probability` as `loss` left it, overwritten here."""
-        x, target = self.hidden[rows].float(), self.targets[rows]
-        probability = probability[: x.shape[0]]
-        index = target.clamp(min=0)[:, None]
-        probability.scatter_add_(1, index, probability.new_full(index.shape, -1.0))
-        d = probability.mul_((target != IGNORED)[:, None]).to(self.hidden.dtype)
-        dhidden[rows] = matmul_rows(d, self.operand)
-        dweight.addmm_(probability.copy_(d).t(), x)
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of hidden, in its dtype, and of weight, float32."""
+        return self._gradients or (torch.zeros_like(self.hidden), torch.zeros_like(self.weight))
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool = True) -> Tensor:
-    """Sum over tokens of the next-token cross-entropy in nats: hidden [T, H], weight [V, H] float32, targets int64 [T].
+# The three products of the head, of operands in one dtype with float32 accumulation.
 
-    Targets equal to IGNORED take no part. float32 scalar; tokens are added in float64. With `chunked` false all
-    logits are kept for backward; results have the same bits.
-    """
-    grad = torch.is_grad_enabled()
-    loss: Tensor = (
-        _ChunkedLoss.apply(hidden, weight, targets, grad)
-        if chunked or not grad
-        else _WholeLoss.apply(hidden, weight, targets)
-    )
-    return loss
+
+def _fprop(x: Tensor, transposed: Tensor, out: Tensor) -> Tensor:
+    """x [M, H], weight^T float32 [H, V] -> float32 [M, V] in the first rows of `out`."""
+    padded = tall(x.float(), MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
+    torch.mm(padded, transposed, out=out[: padded.shape[0]])
+    return out[: x.shape[0]]
+
+
+def _dgrad(d: Tensor, weight: Tensor) -> Tensor:
+    """d [M, V], weight [V, H] -> [M, H] in their dtype."""
+    return matmul_rows(d, weight)
+
+
+def _add_wgrad(d: Tensor, x: Tensor, into: Tensor, first: bool, strip: Tensor) -> None:
+    """d [M, V], x [M, H]: d^T x, float32 [V, H], is added to `into`, or written there by the `first`."""
+    wide = d if d.dtype == torch.float32 else strip[: d.shape[0]].copy_(d)
+    into.addmm_(wide.t(), x.float(), beta=0 if first else 1)

@@ -42,16 +42,17 @@ class Losses:
 def training_loss(model: Transformer, batch: Batch, document_ids: Tensor | None, share: Share) -> Losses:
     """The micro-batch's part of the step's loss. `document_ids` [B, L]: attention stays within a document."""
     output = model(batch.tokens, document_ids=document_ids)
-    lm = main_loss(model, output, batch.targets) / share.positions
+    lm = main_loss(model, output, batch.targets, 1 / share.positions) / share.positions
     routings = list(output.router)
     total, depths, mtp = lm, model.section.num_nextn_predict_layers, []
+    weight = share.mtp_weight / max(depths, 1) / share.positions
     for depth in range(1, depths + 1):
         tokens, goals = draft_tokens(batch.targets, depth)
         output = model.draft(depth, output.carry, tokens, document_ids=document_ids)
         routings += output.router
-        loss = main_loss(model, output, goals) / share.positions
-        mtp.append(loss.detach())
-        total = total + loss * (share.mtp_weight / depths)
+        loss = main_loss(model, output, goals, weight)
+        mtp.append(loss.detach() / share.positions)
+        total = total + loss * weight
     sequences = batch.tokens.shape[0] / share.sequences
     balance = torch.stack([r.balance_loss for r in routings]).sum() * sequences if routings else lm.new_zeros(())
     return Losses(
@@ -63,10 +64,17 @@ def training_loss(model: Transformer, batch: Batch, document_ids: Tensor | None,
     )
 
 
-def main_loss(model: Transformer, output: Output, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropy of `output.hidden` [B, L, H] against targets [B, L], in nats."""
+def main_loss(model: Transformer, output: Output, targets: Tensor, grad_output: float = 1.0) -> Tensor:
+    """Sum of the cross-entropy of `output.hidden` [B, L, H] against targets [B, L], in nats.
+
+    grad_output: the gradient that backward will bring, where it is known (chunked_loss).
+    """
     return chunked_loss(
-        output.hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), chunked=model.keep.chunked_head
+        output.hidden.flatten(0, 1),
+        model.lm_head.weight,
+        targets.flatten(),
+        chunked=model.keep.chunked_head,
+        grad_output=grad_output,
     )
 
 

@@ -6,6 +6,9 @@
 (Loshchilov and Hutter, 2019). Everything is computed in FP32; only what is kept until the next step is rounded to
 BF16, to nearest. A second moment in 8 significant bits stops moving where a step changes it by less than 2^-9 of
 itself, which is why the recipe refuses beta2 > 0.99 with it. Decay takes matrices, not the norms' vectors.
+
+On a CPU with native kernels all of it is one pass over memory (fused_adamw.py); what is written out here is the path
+without them and on other devices.
 """
 
 from collections.abc import Mapping
@@ -13,13 +16,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tessera.ops.gradient_room import leave_room
 from tessera.recipe import OptimizerSection
+from tessera.training import fused_adamw
 
 MOMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class AdamW:
-    """Owns the moments, not the parameters; `steps` counts the updates made. Gradients are read, never changed."""
+    """Owns the moments, not the parameters; `steps` counts the updates made. Gradients are read, never changed.
+
+    `fused`: the native kernels make the update; false where there are none for these tensors.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection) -> None:
         self.section = section
@@ -30,12 +38,28 @@ class AdamW:
         self.first = [torch.zeros_like(p, dtype=dtype) for p in self.parameters]
         self.second = [torch.zeros_like(p, dtype=dtype) for p in self.parameters]
         self._decayed = [p for p in self.parameters if p.dim() > 1]
+        self.fused = fused_adamw.usable(self.parameters, dtype)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float) -> None:
         """One update with gradients times `gradient_scale`. A parameter without a gradient counts as one of zeros."""
         s = self.section
         self.steps += 1
+        if self.fused:
+            fused_adamw.adamw_(
+                self.parameters,
+                [p.grad for p in self.parameters],
+                self.first,
+                self.second,
+                self.steps,
+                learning_rate,
+                beta1=s.beta1,
+                beta2=s.beta2,
+                epsilon=s.epsilon,
+                weight_decay=s.weight_decay,
+                gradient_scale=gradient_scale,
+            )
+            return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         gradients = list(torch._foreach_mul(gradients, gradient_scale))
         first = [m.float() for m in self.first]
@@ -54,13 +78,15 @@ class AdamW:
         torch._foreach_addcdiv_(self.parameters, first, denominator, -learning_rate / (1 - s.beta1**self.steps))
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
+        """Forget the gradients of the last step; their memory may serve those of the next one."""
         for parameter in self.parameters:
-            parameter.grad = None
+            leave_room(parameter)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the whole gradient, float32 []."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.fused:
+            return fused_adamw.gradient_norm(gradients)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -45,6 +45,22 @@ INLINE f32v exponential(f32v x) {
     return x <= 88.72283f ? scaled : x * 3.4028235e38f;  // infinity, or NaN
 }
 
+// The same for one element: a loop over it becomes vectors.
+INLINE float exponential(float x) {
+    const float magic = 12582912.0f;
+    float sum = multiply_add(x, 1.44269504f, magic), n = sum - magic;
+    float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
+    float y = multiply_add(1.3843607e-3f, r, 8.3741955e-3f);
+    y = multiply_add(y, r, 4.1668005e-2f);
+    y = multiply_add(y, r, 1.6666430e-1f);
+    y = multiply_add(y, r, 4.9999994e-1f);
+    y = multiply_add(y, r, 1.0f);
+    y = multiply_add(y, r, 1.0f);
+    y = from_bits(bits(y) + (bits(sum) << 23));
+    y = x < -87.33654f ? 0.0f : y;
+    return x <= 88.72283f ? y : x * 3.4028235e38f;
+}
+
 // ln x for normal, finite x > 0, within 2 units in the last place (Cephes' polynomial).
 INLINE f32v logarithm(f32v x) {
     const uint32_t root = 0x3F3504F3;  // sqrt(1/2): the mantissa is taken in [sqrt(1/2), sqrt(2))

@@ -166,3 +166,12 @@ INLINE bool any(i16w mask) {
     return (half[0] | half[1]) != 0;
 #endif
 }
+
+// The fma of one element (math.h has that name): a loop over it becomes vectors.
+INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
