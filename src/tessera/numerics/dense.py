@@ -40,7 +40,7 @@ LIBRARY.define("bf16_matmul(str kind, Tensor a, Tensor b, Tensor? offsets, Scala
 
 def matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The three GEMMs (kinds and shapes in kernels/__init__.py) on operands of one dtype, float32 accumulation."""
-    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and native.available():
+    if _runs_natively(a.dtype, a.device):
         return torch.ops.tessera.bf16_matmul(kind, a, b, offsets, out_dtype, "")
     return vectorised_matmul(kind, a, b, offsets, out_dtype)
 
@@ -60,6 +60,52 @@ def _fake_bf16_matmul(
 
 LIBRARY.impl("bf16_matmul", _bf16_matmul, "CPU")
 torch.library.register_fake("tessera::bf16_matmul", _fake_bf16_matmul, lib=LIBRARY)
+
+
+class Fixed:
+    """A float32 weight [N, K] that many products in turn read, rounded to `dtype`, in the form that is quickest.
+
+    For the chunks of the output head. Results of a row depend on that row and the weight alone.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.native = _runs_natively(dtype, weight.device)
+        if self.native:
+            # The kernel rounds float32 values as it packs them.
+            self._packed = {kind: native_gemm.pack(kind, native_gemm.values(weight)) for kind in ("fprop", "dgrad")}
+        else:
+            self._operand = weight.to(dtype)
+            self._wide = self._operand.float()
+
+    def fprop(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [M, K] -> x W^T, float32 [M, N], in the first rows of `out` (at least MINIMUM_ROWS of them)."""
+        if self.native:
+            return self._multiply("fprop", x, out[: x.shape[0]])
+        padded = tall(x.float(), MINIMUM_ROWS)
+        torch.mm(padded, self._wide.t(), out=out[: padded.shape[0]])
+        return out[: x.shape[0]]
+
+    def dgrad(self, dy: Tensor, out: Tensor) -> Tensor:
+        """dy [M, N] -> dy W [M, K] in `out`, in its dtype."""
+        return self._multiply("dgrad", dy, out) if self.native else out.copy_(matmul_rows(dy, self._operand))
+
+    def _multiply(self, kind: str, a: Tensor, out: Tensor) -> Tensor:
+        sides = native_gemm.values(a), native_gemm.values(self.weight)
+        native_gemm.matmul(kind, *sides, None, out.dtype, out=out, packed=self._packed[kind])
+        return out
+
+
+def add_wgrad(dy: Tensor, x: Tensor, into: Tensor, add: bool) -> None:
+    """dy [M, N], x [M, K] of one dtype: dy^T x, float32 [N, K], written to `into` or added to what is there."""
+    if _runs_natively(dy.dtype, dy.device):
+        native_gemm.matmul("wgrad", native_gemm.values(dy), native_gemm.values(x), None, into.dtype, out=into, add=add)
+    else:
+        into.addmm_(dy.float().t(), x.float(), beta=1 if add else 0)
+
+
+def _runs_natively(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and native.available()
 
 
 def vectorised_matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.numerics.dense import MINIMUM_ROWS, matmul_rows, tall
+from tessera.numerics.dense import MINIMUM_ROWS, Fixed, add_wgrad, matmul
 from tessera.ops.cross_entropy import IGNORED, cross_entropy
 from tessera.ops.gradient_room import room_for_gradient
 
@@ -29,7 +29,7 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
     Operands are rounded to hidden's dtype; a row depends on that row and the weight alone.
     """
-    return matmul_rows(hidden.float(), weight.to(hidden.dtype).float().t())
+    return matmul("fprop", hidden, weight.to(hidden.dtype), None, torch.float32)
 
 
 def chunked_loss(
@@ -64,7 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for rows in head.chunks():
             loss += head.loss(rows, head.logits(rows, logits), d)
             if d is not None:
-                head.add_gradients(rows, d, logits)
+                head.add_gradients(rows, d)
         if keep:
             ctx.save_for_backward(*head.gradients())
             ctx.expected = head.grad_output
@@ -96,11 +96,10 @@ class _WholeLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, logits = ctx.saved_tensors
         head = _Head(hidden, weight, targets, ctx.expected)
-        strip = torch.empty_like(logits[: head.height])
-        d = torch.empty_like(strip, dtype=hidden.dtype)
+        d = torch.empty_like(logits[: head.height], dtype=hidden.dtype)
         for rows in head.chunks():
             head.loss(rows, logits[rows], d)
-            head.add_gradients(rows, d, strip)
+            head.add_gradients(rows, d)
         dhidden, dweight = _scaled(head.gradients(), gradient, ctx.expected)
         return dhidden, dweight, None, None
 
@@ -120,8 +119,7 @@ class _Head:
         self.hidden, self.weight, self.targets = hidden, weight, targets
         # As autograd brings it; results for a gradient of zero could not be scaled to any other.
         self.grad_output = float(torch.tensor(grad_output, dtype=torch.float32)) or 1.0
-        self.operand = weight.to(hidden.dtype)
-        self.transposed = self.operand.float().t()
+        self.fixed = Fixed(weight, hidden.dtype)
         self.height = max(min(CHUNK_TOKENS, hidden.shape[0]), MINIMUM_ROWS)  # rows that a chunk's products take
         self._gradients: tuple[Tensor, Tensor] | None = None
 
@@ -131,43 +129,22 @@ class _Head:
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Logits [rows, V], written to the first rows of `out`, which has `height` of them."""
-        return _fprop(self.hidden[rows], self.transposed, out)
+        return self.fixed.fprop(self.hidden[rows], out)
 
     def loss(self, rows: slice, logits: Tensor, d: Tensor | None) -> Tensor:
         """The chunk's loss, float64 []; the gradient of its logits goes to the first rows of `d`."""
         d = None if d is None else d[: logits.shape[0]]
         return cross_entropy(logits, self.targets[rows], self.grad_output, d).sum(dtype=torch.float64)
 
-    def add_gradients(self, rows: slice, d: Tensor, strip: Tensor) -> None:
-        """Fill the chunk's rows of the hidden states' gradient and add to the head's; `strip` is overwritten."""
+    def add_gradients(self, rows: slice, d: Tensor) -> None:
+        """Fill the chunk's rows of the hidden states' gradient and add to the head's."""
         x, d = self.hidden[rows], d[: rows.stop - rows.start]
         if first := self._gradients is None:
             self._gradients = torch.empty_like(self.hidden), room_for_gradient(self.weight)
         dhidden, dweight = self._gradients
-        dhidden[rows] = _dgrad(d, self.operand)
-        _add_wgrad(d, x, dweight, first, strip)
+        self.fixed.dgrad(d, dhidden[rows])
+        add_wgrad(d, x, dweight, add=not first)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of hidden, in its dtype, and of weight, float32."""
         return self._gradients or (torch.zeros_like(self.hidden), torch.zeros_like(self.weight))
-
-
-# The three products of the head, of operands in one dtype with float32 accumulation.
-
-
-def _fprop(x: Tensor, transposed: Tensor, out: Tensor) -> Tensor:
-    """x [M, H], weight^T float32 [H, V] -> float32 [M, V] in the first rows of `out`."""
-    padded = tall(x.float(), MINIMUM_ROWS)  # a token's loss does not depend on how many the chunk has
-    torch.mm(padded, transposed, out=out[: padded.shape[0]])
-    return out[: x.shape[0]]
-
-
-def _dgrad(d: Tensor, weight: Tensor) -> Tensor:
-    """d [M, V], weight [V, H] -> [M, H] in their dtype."""
-    return matmul_rows(d, weight)
-
-
-def _add_wgrad(d: Tensor, x: Tensor, into: Tensor, first: bool, strip: Tensor) -> None:
-    """d [M, V], x [M, H]: d^T x, float32 [V, H], is added to `into`, or written there by the `first`."""
-    wide = d if d.dtype == torch.float32 else strip[: d.shape[0]].copy_(d)
-    into.addmm_(wide.t(), x.float(), beta=0 if first else 1)

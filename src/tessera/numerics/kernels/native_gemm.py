@@ -89,24 +89,25 @@ def matmul(
     offsets: Tensor | None,
     out_dtype: torch.dtype,
     *,
-    add_to: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+    packed: Tensor | None = None,
     isa: str = "",
 ) -> Tensor | None:
     """See kernels/__init__.py; None where the scales do not allow it (`promotes`).
 
-    `add_to`: a float32 result to which the product is added in place.
+    `out`: where the result goes, rows contiguous; with `add` (float32 alone) it is added to what is there.
+    `packed`: b as `pack` left it, for products that share it.
     """
-    groups = 1 if offsets is None else offsets.numel() - 1
     fold = foldable(a, b, isa)
     if not fold and not promotes(kind, a, b):
         return None
+    groups = 1 if offsets is None else offsets.numel() - 1
     rows, k = a.rows, a.data.shape[1]
     height, n = output_shape(kind, (rows, k), (b.rows, b.data.shape[1]), groups)
-    out = add_to if add_to is not None else a.data.new_empty(height, n, dtype=out_dtype)
-    out_type = OUT_ADDED if add_to is not None else OUT_FLOAT32 if out_dtype == torch.float32 else OUT_BFLOAT16
-    panels = -(-n // CHUNK)
-    chunks = rows // CHUNK + groups if kind == "wgrad" else groups * -(-k // CHUNK)
-    packed = scratch(4 * panels * chunks * CHUNK // 2 * CHUNK)
+    if out is None:
+        out = a.data.new_empty(height, n, dtype=out_dtype)
+    contraction = rows if kind == "wgrad" else k
     problem = _Problem(
         _operand(a),
         _operand(b),
@@ -118,16 +119,33 @@ def matmul(
         n,
         k,
         None if offsets is None else offsets.data_ptr(),
-        packed.data_ptr(),
+        None,
         out.data_ptr(),
-        out_type,
+        OUT_ADDED if add else OUT_FLOAT32 if out.dtype == torch.float32 else OUT_BFLOAT16,
         out.stride(0),
     )
-    address = ctypes.addressof(problem)
-    contraction = rows if kind == "wgrad" else k
-    PACK(groups * panels, address, work=CHUNK * contraction, isa=isa)
-    GEMM(height, address, work=n * contraction // 16, grain=CHUNK, isa=isa)
+    if packed is None:
+        packed = scratch(_packed_bytes(kind, rows, n, k, groups))
+        problem.packed = packed.data_ptr()
+        PACK(groups * -(-n // CHUNK), ctypes.addressof(problem), work=CHUNK * contraction, isa=isa)
+    problem.packed = packed.data_ptr()
+    GEMM(height, ctypes.addressof(problem), work=n * contraction // 16, grain=CHUNK, isa=isa)
     return out
+
+
+def pack(kind: str, b: Side, isa: str = "") -> Tensor:
+    """b of "fprop" or "dgrad", values without groups, as `matmul` takes it; for products that follow in turn."""
+    rows, columns = b.data.shape
+    n, k = (rows, columns) if kind == "fprop" else (columns, rows)
+    packed = b.data.new_empty(_packed_bytes(kind, 0, n, k, 1), dtype=torch.uint8)
+    problem = _Problem(b=_operand(b), kind=KINDS.index(kind), groups=1, fold=True, n=n, k=k, packed=packed.data_ptr())
+    PACK(-(-n // CHUNK), ctypes.addressof(problem), work=CHUNK * k, isa=isa)
+    return packed
+
+
+def _packed_bytes(kind: str, rows: int, n: int, k: int, groups: int) -> int:
+    chunks = rows // CHUNK + groups if kind == "wgrad" else groups * -(-k // CHUNK)
+    return -(-n // CHUNK) * chunks * CHUNK * CHUNK * 2
 
 
 def output_shape(kind: str, a: Sequence[int], b: Sequence[int], groups: int) -> tuple[int, int]:
