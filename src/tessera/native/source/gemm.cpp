@@ -61,28 +61,12 @@ INLINE int64_t tile_of_row(const Operand& o, int64_t r, const Group* group) {
     return tile_along(r, o.tile_rows, o.row_segment);
 }
 
-// Folded exponents of one chunk of columns, kept from row to row while they stay in one row of tiles.
-struct Shifts {
-    const Operand& o;
-    int64_t columns, c, tile;
-    bool fold;
-    uint16_t shift[CHUNK];
-
-    ALWAYS_INLINE const uint16_t* at(int64_t row_tile) {
-        if (!fold) return nullptr;
-        if (row_tile != tile) fill_shift(o, tile = row_tile, c, columns, shift);
-        return shift;
-    }
-};
-
-INLINE bool has_scales(const Operand& o) { return o.type >= FROM_E4M3; }
-
 // A block of 32 rows and one chunk of columns; rows from `count` on and columns from `width` on are zero.
 template <int64_t TYPE>
 INLINE void read_block(
     const Operand& o, int64_t r, int64_t count, int64_t c, int64_t width, int64_t columns, bool fold,
     const Group* group, Chunk block[CHUNK]) {
-    Shifts shifts = {o, columns, c, -1, fold && TYPE >= FROM_E4M3, {}};
+    Shifts shifts(o, fold && TYPE >= FROM_E4M3, c, columns);
     for (int64_t i = 0; i < count; ++i) {
         const uint16_t* shift = shifts.fold ? shifts.at(tile_of_row(o, r + i, group)) : nullptr;
         block[i] = width == CHUNK ? read_chunk<TYPE>(open_row(o, r + i).at, c, CHUNK, shift)

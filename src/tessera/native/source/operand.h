@@ -116,18 +116,35 @@ INLINE Chunk read_chunk(const uint8_t* row, int64_t c, int64_t count, const uint
     return chunk;
 }
 
-// The exponents of columns [c, c + CHUNK) of row tile `tile`; those behind the last column are of no matter.
-INLINE void fill_shift(const Operand& o, int64_t tile, int64_t c, int64_t columns, uint16_t* shift) {
-    const float* scales = o.scales + tile * o.scale_stride;
-    int64_t last = c + CHUNK < columns ? c + CHUNK : columns;
-    if (o.tile_columns != 1) {
-        int64_t first = tile_along(c, o.tile_columns, o.column_segment);
-        if (first == tile_along(last - 1, o.tile_columns, o.column_segment)) {
-            uint16_t one = exponent_shift(scales[first]);
-            for (int i = 0; i < CHUNK; ++i) shift[i] = one;
-            return;
-        }
+// The folded exponents of columns [c, c + CHUNK), for one row after the other. Which tiles the columns lie in is the same
+// for all rows, and found once: divisions are slow.
+struct Shifts {
+    const Operand& o;
+    bool fold, uniform;
+    int64_t last;           // row of tiles that `shift` is of
+    int64_t column[CHUNK];  // of tiles
+    uint16_t shift[CHUNK];
+
+    ALWAYS_INLINE Shifts(const Operand& operand, bool wanted, int64_t c, int64_t columns)
+        : o(operand), fold(wanted), uniform(false), last(-1) {
+        if (!fold) return;
+        int64_t count = c + CHUNK < columns ? CHUNK : columns - c;
+        column[0] = tile_along(c, o.tile_columns, o.column_segment);
+        uniform = column[0] == tile_along(c + count - 1, o.tile_columns, o.column_segment) && o.tile_columns != 1;
+        for (int64_t i = 1; i < CHUNK; ++i)  // those behind the last column are of no matter
+            column[i] = uniform || i >= count ? column[0] : tile_along(c + i, o.tile_columns, o.column_segment);
     }
-    for (int64_t i = c; i < last; ++i)
-        shift[i - c] = exponent_shift(scales[tile_along(i, o.tile_columns, o.column_segment)]);
-}
+
+    ALWAYS_INLINE const uint16_t* at(int64_t tile) {
+        if (tile == last) return shift;
+        last = tile;
+        const float* scales = o.scales + tile * o.scale_stride;
+        if (uniform) {
+            uint16_t one = exponent_shift(scales[column[0]]);
+            for (int i = 0; i < CHUNK; ++i) shift[i] = one;
+        } else {
+            for (int i = 0; i < CHUNK; ++i) shift[i] = exponent_shift(scales[column[i]]);
+        }
+        return shift;
+    }
+};
