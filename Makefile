@@ -11,7 +11,7 @@ NATIVE := $(wildcard src/tessera/native/source/*)
 # One thread a process: two OpenMP threads that spin on a busy machine can be ten times slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install native train test soak lint docs
+.PHONY: install native train test soak sanitise lint docs
 
 install: $(INSTALLED)
 
@@ -30,6 +30,19 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# The native kernels' tests under the address and undefined-behaviour sanitizers, in every instruction set there is here.
+SANITISED := build/sanitised
+SANITISER_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+SANITISERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+NATIVE_TESTS := tests/native tests/numerics/kernels tests/numerics/test_operators.py tests/ops/test_attention_kernels.py \
+  tests/ops/test_cross_entropy.py tests/training/test_fused_adamw.py
+
+sanitise: $(INSTALLED)
+	rm -rf $(SANITISED) && mkdir -p $(SANITISED) && cp -r src setup.py pyproject.toml README.md $(SANITISED)
+	cd $(SANITISED) && CXXFLAGS="$(SANITISER_FLAGS)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	LD_PRELOAD="$(SANITISERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITISED)/src \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -k 'not ten_times_as_fast' $(NATIVE_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests
