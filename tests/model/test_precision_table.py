@@ -48,7 +48,7 @@ class Watching(Recorder):
         super().__init__()
         self.operands: dict[str, TiledTensor] = {}
 
-    def observe(self, name: str, source: Tensor, quantised: TiledTensor, *, requantised: bool = False) -> None:
+    def count(self, name: str, quantised: TiledTensor) -> None:
         self.operands[name] = quantised
 
 

@@ -90,7 +90,7 @@ def test_fp8_is_near_and_truncation_and_coarser_formats_are_farther(
         for arm in ("bf16", "fp8", "toward-zero", "e5m2-gradients")
     }
     assert errors["bf16"].error < errors["fp8"].error < errors["e5m2-gradients"].error
-    assert errors["toward-zero"].bias < -0.01 < errors["fp8"].bias  # truncation shrinks everything
+    assert errors["toward-zero"].bias < errors["fp8"].bias - 0.003  # truncation shrinks everything
 
 
 def test_an_outlier_channel_changes_nothing_in_exact_arithmetic_and_ruins_per_tensor_scales(

@@ -166,7 +166,6 @@ class _Saved:
         yield self.plain(ROUTING, "router, expert_mlp", "experts chosen", "int64", chosen)
         if m.norm_topk_prob:
             yield self.plain(ROUTING, "router", "weights and their sum", "fp32", chosen + 1)
-        yield self.plain(ROUTING, "router", "sum of the affinities", "fp32", 1)
         yield self.plain(ROUTING, "expert_mlp", "routing weights", "fp32", chosen)
         one = self.gate_up("expert_mlp", f"gate and up, {chosen} experts", m.moe_intermediate_size)
         yield _times(one, chosen)

@@ -13,8 +13,8 @@ from tessera.model.router import Router, Routing
 from tessera.numerics import RoleKind, Weight
 from tessera.numerics.gemm import Operand
 from tessera.ops.expert_mlp import Experts, expert_mlp
-from tessera.ops.linear import linear, normed_linear
-from tessera.ops.rms_norm import rms_norm
+from tessera.ops.linear import linear
+from tessera.ops.rms_norm import add_rms_norm
 from tessera.ops.saved import Again
 from tessera.ops.swiglu import swiglu_linear
 
@@ -43,10 +43,13 @@ class DenseMlp(GatedMlp):
         intermediate = blueprint.section.intermediate_size
         super().__init__(blueprint, name, intermediate, RoleKind.DENSE_GATE_UP, RoleKind.DENSE_DOWN)
 
-    def forward(self, x: Tensor, norm: Norm, epsilon: float) -> Tensor:
-        """x [T, H] residual stream -> [T, H], to be added to x."""
-        (gate_up,), _ = normed_linear(x, norm.weight, epsilon, self.keep, self.gate_up_proj.operand)
-        return self.after_gate_up(gate_up)
+    def forward(self, x: Tensor, delta: Tensor, norm: Norm, epsilon: float) -> tuple[Tensor, Tensor]:
+        """x [T, H] residual stream, delta [T, H] to be added to it -> (x + delta, what is to be added to that)."""
+        x, y, kept_y = add_rms_norm(x, delta, norm.weight, epsilon, self.keep)
+        role = self.gate_up_proj.role
+        operand = role.input(y.detach())
+        kept = self.keep.linear_input(role, operand, kept_y)
+        return x, self.after_gate_up(linear(y, operand, kept, self.gate_up_proj.operand))
 
 
 class SharedExperts(GatedMlp):
@@ -104,13 +107,15 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, norm: Norm, epsilon: float, num_sequences: int, replayed: Tensor | None
-    ) -> tuple[Tensor, Routing]:
-        """x [T, H] residual stream -> ([T, H], to be added to x, the routing)."""
-        y, kept_y = rms_norm(x, norm.weight, epsilon, self.keep)
+        self, x: Tensor, delta: Tensor, norm: Norm, epsilon: float, num_sequences: int, replayed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """x [T, H] residual stream, delta [T, H] to be added to it -> (x + delta, what is to be added to that, the
+        routing).
+        """
+        x, y, kept_y = add_rms_norm(x, delta, norm.weight, epsilon, self.keep)
         routing = self.gate(y, num_sequences, replayed, kept=kept_y)
         operand, kept = self.experts.input(y.detach(), kept_y)
         out = self.experts(y, operand, kept, routing)
         if self.shared_experts is not None:
             out = out + self.shared_experts(y, operand, kept)
-        return out, routing
+        return x, out, routing

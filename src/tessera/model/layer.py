@@ -25,9 +25,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, place: Place, replayed: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """x [T, H] -> ([T, H], routing or None for a dense layer); `replayed` int64 [T, k] fixes the experts."""
-        x = x + self.self_attn(x, self.input_layernorm, place)
+        delta = self.self_attn(x, self.input_layernorm, place)
         norm = self.post_attention_layernorm
         if isinstance(self.mlp, DenseMlp):
-            return x + self.mlp(x, norm, self.epsilon), None
-        out, routing = self.mlp(x, norm, self.epsilon, place.batch, replayed)
+            x, out = self.mlp(x, delta, norm, self.epsilon)
+            return x + out, None
+        x, out, routing = self.mlp(x, delta, norm, self.epsilon, place.batch, replayed)
         return x + out, routing

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.ops import routing
 from tessera.ops.dense_linear import dense_linear
 from tessera.ops.saved import Again
 from tessera.ops.sigmoid import sigmoid
@@ -67,7 +68,7 @@ class Router(nn.Module):
             experts,
             weights * self.section.routed_scaling_factor,
             torch.bincount(experts.flatten(), minlength=self.section.n_routed_experts),
-            balance_loss(affinity, num_sequences, self.section.num_experts_per_tok),
+            routing.balance_loss(affinity, num_sequences, self.section.num_experts_per_tok),
         )
 
     @torch.no_grad()
@@ -88,25 +89,5 @@ class Router(nn.Module):
 
 def select(affinity: Tensor, bias: Tensor, section: ModelSection) -> Tensor:
     """affinity float32 [T, E], bias [E] -> int64 [T, k], the best biased affinities first."""
-    biased = affinity + bias
-    if section.topk_group < section.n_group:
-        grouped = biased.unflatten(1, (section.n_group, -1))
-        group_score = grouped.topk(2, dim=-1).values.sum(dim=-1)
-        groups = group_score.topk(section.topk_group, dim=-1).indices
-        outside = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, groups, False)
-        biased = grouped.masked_fill(outside[..., None], EXCLUDED).flatten(1)
-    return biased.topk(section.num_experts_per_tok, dim=-1).indices
-
-
-def balance_loss(affinity: Tensor, num_sequences: int, num_chosen: int) -> Tensor:
-    """Sum over experts of f_i P_i, mean over sequences; affinity float32 [T, E] -> float32 scalar.
-
-    Gradients go through P alone; f counts.
-    """
-    by_sequence = affinity.unflatten(0, (num_sequences, -1))
-    _, length, experts = by_sequence.shape
-    chosen = by_sequence.detach().topk(num_chosen, dim=-1).indices
-    ones = torch.ones((), device=affinity.device).expand(chosen.shape).flatten(1)
-    frequency = affinity.new_zeros(num_sequences, experts).scatter_add_(1, chosen.flatten(1), ones)
-    share = (by_sequence / by_sequence.sum(dim=-1, keepdim=True)).mean(dim=1)
-    return (frequency * share).sum(dim=-1).mean() * (experts / (num_chosen * length))
+    groups = (section.n_group, section.topk_group)
+    return routing.select(affinity, bias, section.num_experts_per_tok, *groups, EXCLUDED)

@@ -16,7 +16,7 @@ from tessera.numerics.gemm import Operand
 from tessera.numerics.health import Recorder
 from tessera.numerics.precision import Precision, Quantisation
 from tessera.numerics.tiled_tensor import TiledTensor, quantise
-from tessera.numerics.tiles import COLUMN, VECTOR
+from tessera.numerics.tiles import COLUMN, VECTOR, Tile
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,23 @@ class Role:
         """FP32 master [G * N, K] -> operand; tiles restart every `row_segment` rows."""
         segment = 0 if row_segment == weight.shape[0] else row_segment
         return self._make("weight", weight, self.precision.weight, row_segment=segment)
+
+    def fuses(self, q: Quantisation, tile: Tile) -> bool:
+        """Whether a kernel that makes values may hand over their E4M3 codes in `tile` for an operand quantised by `q`.
+
+        Not while the recorder measures: what rounding did to values shows beside the values alone.
+        """
+        same = (q.format, q.tile, q.rounding) == (E4M3, tile, "nearest")
+        return self.precision.quantised and same and not self.recorder.measuring
+
+    def fused(
+        self, operand: str, quantised: tuple[Tensor, Tensor, Tensor], q: Quantisation, offsets: Tensor | None = None
+    ) -> TiledTensor:
+        """The operand of (codes [R, C], scales, nonfinite) as such a kernel gives them."""
+        codes, scales, nonfinite = quantised
+        tiled = TiledTensor(codes, scales, nonfinite, q.tile, q.format, (codes.shape[0], codes.shape[1]), 0, 0, offsets)
+        self.recorder.count(f"{self.name}.{operand}", tiled)
+        return tiled
 
     def _make(
         self,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tessera.numerics.gemm import Operand
 from tessera.numerics.tiled_tensor import TiledTensor
+from tessera.ops.kernels import slots as slots_kernels
+from tessera.ops.kernels import usable
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Slots:
     offsets: Tensor
 
 
-def sort_slots(experts: Tensor, num_experts: int) -> Slots:
+def sort_slots(experts: Tensor, num_experts: int, kernel: str = "") -> Slots:
     """experts int64 [T, k] -> Slots; S = T * k, no slot is dropped."""
+    if usable(kernel) and experts.device.type == "cpu":
+        return Slots(*slots_kernels.sort_slots(experts, num_experts, kernel))
     flat = experts.flatten()
     choice = torch.sort(flat, stable=True).indices
     position = torch.empty_like(choice)
@@ -39,6 +43,18 @@ def sort_slots(experts: Tensor, num_experts: int) -> Slots:
     counts = torch.bincount(flat, minlength=num_experts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return Slots(choice // experts.shape[1], choice, position, offsets)
+
+
+def combine(rows: Tensor, position: Tensor, num_tokens: int, kernel: str = "") -> Tensor:
+    """rows [S, H], position int64 [T * k] -> [T, H]: each token's k rows added in FP32 in order, in rows' dtype."""
+    if usable(kernel, rows):
+        return slots_kernels.combine(rows, position, num_tokens, kernel)
+    # No sum over a dimension: torch's adds up the choices in an order of its own.
+    first, *others = position.view(num_tokens, -1).unbind(1)
+    total = rows.index_select(0, first).float()
+    for place in others:
+        total += rows.index_select(0, place)
+    return total.to(rows.dtype)
 
 
 class Dispatcher(Protocol):
@@ -66,5 +82,4 @@ class LocalDispatcher:
         return rows.index_select(0, slots.token)
 
     def combine(self, rows: Tensor, slots: Slots, num_tokens: int) -> Tensor:
-        by_token = rows.index_select(0, slots.position).view(num_tokens, -1, rows.shape[-1])
-        return by_token.float().sum(dim=1).to(rows.dtype)
+        return combine(rows, slots.position, num_tokens)

@@ -22,7 +22,7 @@ from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops.dispatch import Dispatcher
 from tessera.ops.keep import Keep
 from tessera.ops.saved import Again, load, save
-from tessera.ops.swiglu import activate, activate_backward, down_operands
+from tessera.ops.swiglu import activate_backward, down_columns, down_input
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _ExpertMlp(torch.autograd.Function):
         rows = dispatcher.dispatch(operand, slots)
         gate_up = gemm.fprop(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, slots.offsets)
         weights = routing_weights.flatten()[slots.choice]
-        product = down.input(activate(gate_up, weights))
+        product = down_input(gate_up, weights, down)
         y = gemm.fprop(product, experts.down.operand(), down.precision.accumulation, dtype, slots.offsets)
         if keep:
             ctx.experts, ctx.dispatcher, ctx.regather, ctx.dtype = experts, dispatcher, keep.regather_tokens, x.dtype
@@ -83,7 +83,7 @@ class _ExpertMlp(torch.autograd.Function):
         dtype, offsets = up.precision.activation_dtype, slots.offsets
         dy = dy.contiguous()
 
-        product_columns, gate_up = down_operands(cache, weights, down, offsets)
+        product_columns, gate_up = down_columns(cache, weights, down, offsets)
         values = dispatcher.dispatch(dy, slots)
         dy_rows = down.gradient_rows(dy)
         if isinstance(dy_rows, TiledTensor) and dy_rows.tile.rows > 1:  # ablation tiles span tokens

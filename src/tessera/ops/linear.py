@@ -90,7 +90,9 @@ def fprop(operand: Operand, weight: Weight) -> Tensor:
 
 
 def _backward(weights: tuple[Weight, ...], operand: Operand, dys: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of all outputs -> (dX [T, K] float32, [dW_i in the shape of its parameter])."""
+    """Gradients of all outputs -> (dX [T, K], [dW_i in the shape of its parameter]); more than one dX are added in
+    float32, a single one is as its GEMM gives it.
+    """
     role = weights[0].role
     columns = role.input_columns(operand)
     total: Tensor | None = None
@@ -99,8 +101,8 @@ def _backward(weights: tuple[Weight, ...], operand: Operand, dys: tuple[Tensor, 
         p = weight.role.precision
         dy = dy.contiguous()
         rows, dy_columns = weight.role.gradient(dy, column_segment=segment_of(weight))
-        dx = gemm.dgrad(rows, weight.operand(), p.accumulation, p.activation_dtype).float()
-        total = dx if total is None else total + dx
+        dx = gemm.dgrad(rows, weight.operand(), p.accumulation, p.activation_dtype)
+        total = dx if total is None else total.float() + dx
         dws.append(gemm.wgrad(dy_columns, columns, p.accumulation).view_as(weight.parameter))
     assert total is not None  # there is at least one weight
     return total, dws

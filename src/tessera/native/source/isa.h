@@ -97,21 +97,22 @@ INLINE V choose(M mask, V a, V b) {
     return mask ? a : b;
 }
 
-INLINE u32v widen(u16v x) { return __builtin_convertvector(x, u32v); }
-INLINE u32v widen(u8v x) {
-#if defined(__AVX512F__)
-    return (u32v)_mm512_maskz_cvtepu8_epi32(0xFFFF, (__m128i)x);
+#if defined(__AVX512F__)  // GCC halves a conversion between widths; the forms with a mask warn of nothing
+INLINE u32v widen(u16v x) { return (u32v)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)x); }
+INLINE u32v widen(u8v x) { return (u32v)_mm512_maskz_cvtepu8_epi32(0xFFFF, (__m128i)x); }
+INLINE u16v narrow16(u32v x) { return (u16v)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x); }
+INLINE u8v narrow8(u32v x) { return (u8v)_mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)x); }
 #else
-    return widen(__builtin_convertvector(x, u16v));  // GCC does one step lane by lane
-#endif
-}
-// The lower halves of the words of both, in order.
-INLINE u16w join(u32v left, u32v right) {
-    u16v both[2] = {__builtin_convertvector(left, u16v), __builtin_convertvector(right, u16v)};
-    return load<u16w>(both);
-}
+INLINE u32v widen(u16v x) { return __builtin_convertvector(x, u32v); }
+INLINE u32v widen(u8v x) { return widen(__builtin_convertvector(x, u16v)); }  // GCC does one step lane by lane
 INLINE u16v narrow16(u32v x) { return __builtin_convertvector(x, u16v); }
 INLINE u8v narrow8(u32v x) { return __builtin_convertvector(x, u8v); }
+#endif
+// The lower halves of the words of both, in order.
+INLINE u16w join(u32v left, u32v right) {
+    u16v both[2] = {narrow16(left), narrow16(right)};
+    return load<u16w>(both);
+}
 
 // BF16 is the upper half of a float32. Rounding is to nearest even; a NaN keeps its upper bits and stays quiet.
 typedef uint16_t bf16;

@@ -1,0 +1,428 @@
+// Quantising the tiles of a matrix: amax, scale and cast of each in one visit, from whatever gives its rows.
+//
+// A source has row(r), what of row r its other members need; at(row, c), LANES values from column c on; part(row, c,
+// count), fewer, with zeros behind; one(row, c), for tiles one row high; BF16, whether values fit that type, and then
+// narrow(row, c, count, to), up to WIDE of them.
+#pragma once
+
+#include "fp8.h"
+
+namespace {
+
+enum { TILE = 128, STRIP = 64 };  // STRIP: columns that a tile 128 rows high is worked on at once, float32 in cache
+
+// What is read: `rows` of float32 or BF16, row `index[r]` in place of r where an index is given.
+template <typename T>
+struct Values {
+    static constexpr bool BF16 = sizeof(T) == 2;
+    const T* x;
+    int64_t stride;
+    const int64_t* index;
+
+    ALWAYS_INLINE const T* row(int64_t r) const { return x + (index ? index[r] : r) * stride; }
+    ALWAYS_INLINE f32v at(const T* row, int64_t c) const { return read(row + c); }
+    ALWAYS_INLINE f32v part(const T* row, int64_t c, int64_t count) const { return read_part(row + c, count); }
+    ALWAYS_INLINE float one(const T* row, int64_t c) const { return widened(row[c]); }
+    // WIDE columns as BF16; false where the type has more bits than that.
+    ALWAYS_INLINE bool narrow(const T* row, int64_t c, int64_t count, u16w& to) const {
+        if (sizeof(T) != 2) return false;
+        if (count == WIDE) to = load<u16w>(row + c);
+        else memcpy(&(to = u16w{}), row + c, 2 * (size_t)count);
+        return true;
+    }
+    static ALWAYS_INLINE float widened(float x) { return x; }
+    static ALWAYS_INLINE float widened(bf16 x) { return from_bf16(x); }
+};
+
+// Two codes of 12 bits, a and b, in the three little-endian bytes of a | b << 12.
+INLINE void write_twelve(uint8_t* to, u32v code, int64_t count) {
+    for (int64_t i = 0; i < count; i += 2) {
+        uint32_t pair = (code[i] & 0xFFF) | (i + 1 < count ? code[i + 1] & 0xFFF : 0) << 12;
+        to[0] = (uint8_t)pair, to[1] = (uint8_t)(pair >> 8), to[2] = (uint8_t)(pair >> 16);
+        to += 3;
+    }
+}
+
+template <typename F>
+INLINE void write_codes_part(uint8_t* to, u32v code, int64_t count) {
+    if (F::M == 6) write_twelve(to, code, count);
+    else store_part(to, narrow8(code), count);
+}
+
+template <typename F>
+INLINE uint8_t* code_at(uint8_t* row, int64_t column) {
+    return F::M == 6 ? row + column / 2 * 3 : row + column;
+}
+
+// One row's elements [from, to) are a tile.
+template <typename F, typename S>
+void encode_row_tile(S source, decltype(source.row(0)) x, int64_t from, int64_t to, float inverse, uint8_t* codes) {
+    f32v factor = splat(inverse);
+    int64_t c = from;
+    for (; c + LANES <= to; c += LANES) {
+        u32v code = codes_of<F>(source.at(x, c), factor);
+        if (F::M == 6) write_twelve(code_at<F>(codes, c), code, LANES);
+        else store(codes + c, narrow8(code));
+    }
+    if (c < to) write_codes_part<F>(code_at<F>(codes, c), codes_of<F>(source.part(x, c, to - c), factor), to - c);
+}
+
+INLINE bool is_finite(float x) { return (bits(x) & MAGNITUDE) < INFINITE; }
+
+// The code of a non-finite element; returns 1.
+template <typename F>
+int64_t spoil(uint8_t* codes, int64_t column) {
+    uint8_t* at = code_at<F>(codes, column);
+    if (F::M != 6) *at = F::NAN_CODE;
+    else if (column % 2 == 0) at[0] = (uint8_t)F::NAN_CODE, at[1] = (uint8_t)((at[1] & 0xF0) | F::NAN_CODE >> 8);
+    else at[1] = (uint8_t)((at[1] & 0x0F) | (F::NAN_CODE << 4 & 0xF0)), at[2] = (uint8_t)(F::NAN_CODE >> 4);
+    return 1;
+}
+
+// Codes of WIDE elements in BF16. `smallest` and `moved` are those of Narrow, by column; `inverse` points at theirs.
+template <typename F>
+INLINE u8w codes_of_narrow(u16w x, u16w smallest, u16w moved, const float* inverse) {
+    u8w code;
+    if (__builtin_expect(encode_narrow<F>(x, smallest, moved, code), 1)) return code;
+    uint16_t values[WIDE];
+    uint8_t codes[WIDE];
+    store(values, x);
+    for (int i = 0; i < WIDE; i += LANES)
+        store(codes + i, narrow8(codes_of<F>(read(values + i), load<f32v>(inverse + i))));
+    return load<u8w>(codes);
+}
+
+INLINE uint16_t largest_narrow(u16w v) {
+    uint16_t most = 0;
+    for (int i = 0; i < WIDE; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// One tile of one row in BF16 under a power of two, its width a multiple of WIDE; false where an element is not finite.
+template <typename F>
+INLINE bool quantise_narrow_tile(const uint16_t* x, int64_t width, uint8_t* codes, float* scale) {
+    u16w most = {};
+    for (int64_t c = 0; c < width; c += WIDE) {
+        u16w magnitude = load<u16w>(x + c) & 0x7FFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    uint32_t amax = (uint32_t)largest_narrow(most) << 16;
+    if (amax >= INFINITE) return false;
+    Scale s = scale_of<F>(amax, true);
+    *scale = s.scale;
+    Narrow<F> n = Narrow<F>::of(s.scale);
+    u16w smallest = u16w{} + n.smallest, moved = u16w{} + n.moved;
+    float inverse[WIDE];
+    for (int i = 0; i < WIDE; ++i) inverse[i] = s.inverse;
+    for (int64_t c = 0; c < width; c += WIDE)
+        store(codes + c, codes_of_narrow<F>(load<u16w>(x + c), smallest, moved, inverse));
+    return true;
+}
+
+// Tiles one row high and `tile` columns wide (0: a whole segment); they restart every `segment` columns.
+template <typename F, typename S>
+int64_t quantise_row(
+    S source, int64_t r, int64_t columns, int64_t tile, int64_t segment, bool power_of_two, uint8_t* codes,
+    float* scales) {
+    auto x = source.row(r);
+    int64_t nonfinite = 0, next = 0;
+    for (int64_t start = 0; start < columns; start += segment) {
+        int64_t end = start + segment, width = tile ? tile : segment;
+        for (int64_t from = start; from < end; from += width) {
+            int64_t to = from + width < end ? from + width : end;
+            if (S::BF16 && F::M != 6 && power_of_two && (to - from) % WIDE == 0 &&
+                quantise_narrow_tile<F>((const uint16_t*)source.row(r) + from, to - from, codes + from, scales + next)) {
+                ++next;
+                continue;
+            }
+            u32v most = {};
+            int64_t c = from;
+            for (; c + LANES <= to; c += LANES) most = larger(most, bits(source.at(x, c)) & MAGNITUDE);
+            if (c < to) most = larger(most, bits(source.part(x, c, to - c)) & MAGNITUDE);
+            uint32_t amax = largest_lane(most);
+            bool finite = amax < INFINITE;
+            if (!finite) {
+                amax = 0;
+                for (c = from; c < to; ++c) {
+                    uint32_t found = bits(source.one(x, c)) & MAGNITUDE;
+                    if (found < INFINITE && found > amax) amax = found;
+                }
+            }
+            Scale s = scale_of<F>(amax, power_of_two);
+            scales[next++] = s.scale;
+            encode_row_tile<F>(source, x, from, to, s.inverse, codes);
+            if (finite) continue;
+            for (c = from; c < to; ++c)
+                if (!is_finite(source.one(x, c))) nonfinite += spoil<F>(codes, c);
+        }
+    }
+    return nonfinite;
+}
+
+// Part of a tile 128 rows high: `count` <= STRIP columns, with zeros behind the last one.
+struct Strip {
+    float value[TILE][STRIP];
+    uint32_t amax[STRIP];
+    int64_t height, count;
+    bool finite;
+
+    ALWAYS_INLINE void note(u32v most[STRIP / LANES]) {
+        u32v all = {};
+        for (int64_t i = 0; i < STRIP / LANES; ++i) {
+            store(&amax[i * LANES], most[i]);
+            all = larger(all, most[i]);
+        }
+        finite = largest_lane(all) < INFINITE;
+    }
+};
+
+template <typename S>
+void fill(Strip& s, S source, int64_t top, int64_t bottom, int64_t from, int64_t count) {
+    u32v most[STRIP / LANES] = {};
+    s.height = bottom - top, s.count = count;
+    for (int64_t r = top; r < bottom; ++r) {
+        auto x = source.row(r);
+        float* to = s.value[r - top];
+        for (int64_t i = 0; i < STRIP / LANES; ++i) {
+            int64_t c = from + i * LANES, left = count - i * LANES;
+            f32v v = {};
+            if (left >= LANES) v = source.at(x, c);
+            else if (left > 0) v = source.part(x, c, left);
+            most[i] = larger(most[i], bits(v) & MAGNITUDE);
+            store(to + i * LANES, v);
+        }
+    }
+    s.note(most);
+    if (s.finite) return;
+    for (int64_t c = 0; c < count; ++c) {
+        s.amax[c] = 0;
+        for (int64_t r = 0; r < s.height; ++r) {
+            uint32_t found = bits(s.value[r][c]) & MAGNITUDE;
+            if (found < INFINITE && found > s.amax[c]) s.amax[c] = found;
+        }
+    }
+}
+
+template <typename F>
+int64_t encode_strip(const Strip& s, const float* inverse, uint8_t* codes, int64_t code_stride) {
+    const int64_t height = s.height, count = s.count;  // codes are bytes, which might alias anything
+    for (int64_t i = 0; i * LANES < count; ++i) {
+        f32v factor = load<f32v>(inverse + i * LANES);
+        int64_t left = count - i * LANES;
+        for (int64_t r = 0; r < height; ++r) {
+            u32v code = codes_of<F>(load<f32v>(&s.value[r][i * LANES]), factor);
+            uint8_t* to = codes + r * code_stride + i * LANES;
+            if (left >= LANES) store(to, narrow8(code));
+            else store_part(to, narrow8(code), left);
+        }
+    }
+    if (s.finite) return 0;
+    int64_t nonfinite = 0;
+    for (int64_t r = 0; r < s.height; ++r)
+        for (int64_t c = 0; c < s.count; ++c)
+            if (!is_finite(s.value[r][c])) nonfinite += spoil<F>(codes + r * code_stride, c);
+    return nonfinite;
+}
+
+// The same in BF16.
+struct NarrowStrip {
+    uint16_t value[TILE][STRIP], amax[STRIP];
+};
+
+// False where the values do not fit BF16 or are not finite.
+template <typename S>
+INLINE bool fill_narrow(NarrowStrip& s, S source, int64_t top, int64_t bottom, int64_t from, int64_t count) {
+    u16w most[STRIP / WIDE] = {};
+    for (int64_t r = top; r < bottom; ++r) {
+        auto x = source.row(r);
+        for (int64_t i = 0; i < STRIP / WIDE; ++i) {
+            int64_t left = count - i * WIDE;
+            u16w v = {};
+            if (left > 0 && !source.narrow(x, from + i * WIDE, left < WIDE ? left : WIDE, v)) return false;
+            u16w magnitude = v & 0x7FFF;
+            most[i] = magnitude > most[i] ? magnitude : most[i];
+            store(&s.value[r - top][i * WIDE], v);
+        }
+    }
+    u16w all = {};
+    for (int64_t i = 0; i < STRIP / WIDE; ++i) {
+        store(&s.amax[i * WIDE], most[i]);
+        all = most[i] > all ? most[i] : all;
+    }
+    return largest_narrow(all) < INFINITE >> 16;
+}
+
+template <typename F>
+void encode_narrow_strip(
+    const NarrowStrip& s, int64_t height, int64_t count, uint8_t* codes, int64_t code_stride, float* scales) {
+    alignas(64) uint16_t smallest[STRIP], moved[STRIP];
+    float inverse[STRIP];
+    for (int64_t c = 0; c < STRIP; ++c) {
+        Scale found = scale_of<F>((uint32_t)s.amax[c] << 16, true);
+        Narrow<F> n = Narrow<F>::of(found.scale);
+        inverse[c] = found.inverse, smallest[c] = n.smallest, moved[c] = n.moved;
+        if (c < count) scales[c] = found.scale;
+    }
+    for (int64_t i = 0; i < count; i += WIDE) {
+        u16w least = load<u16w>(smallest + i), shift = load<u16w>(moved + i);
+        uint8_t* to = codes + i;
+        for (int64_t r = 0; r < height; ++r, to += code_stride) {
+            u8w code = codes_of_narrow<F>(load<u16w>(&s.value[r][i]), least, shift, inverse + i);
+            if (count - i >= WIDE) store(to, code);
+            else memcpy(to, &code, (size_t)(count - i));
+        }
+    }
+}
+
+// 128 x 1: a scale a column.
+template <typename F, typename S>
+int64_t quantise_columns(
+    S source, int64_t top, int64_t bottom, int64_t columns, bool power_of_two, uint8_t* codes, float* scales) {
+    union {
+        Strip s;
+        NarrowStrip narrow;
+    };
+    int64_t nonfinite = 0;
+    for (int64_t from = 0; from < columns; from += STRIP) {
+        int64_t count = columns - from < STRIP ? columns - from : STRIP;
+        if (power_of_two && S::BF16 && fill_narrow(narrow, source, top, bottom, from, count)) {
+            encode_narrow_strip<F>(narrow, bottom - top, count, codes + top * columns + from, columns, scales + from);
+            continue;
+        }
+        fill(s, source, top, bottom, from, count);
+        float inverse[STRIP];
+        for (int64_t c = 0; c < s.count; ++c) {
+            Scale found = scale_of<F>(s.amax[c], power_of_two);
+            inverse[c] = found.inverse;
+            scales[from + c] = found.scale;
+        }
+        for (int64_t c = s.count; c < STRIP; ++c) inverse[c] = 0;
+        nonfinite += encode_strip<F>(s, inverse, codes + top * columns + from, columns);
+    }
+    return nonfinite;
+}
+
+// 128 x 128: the two strips of a tile share a scale; tiles restart every `segment` columns.
+template <typename F, typename S>
+int64_t quantise_blocks(
+    S source, int64_t top, int64_t bottom, int64_t columns, int64_t segment, bool power_of_two, uint8_t* codes,
+    float* scales) {
+    Strip s[TILE / STRIP];
+    int64_t nonfinite = 0, next = 0;
+    for (int64_t start = 0; start < columns; start += segment)
+        for (int64_t from = start; from < start + segment; from += TILE) {
+            int64_t end = from + TILE < start + segment ? from + TILE : start + segment, strips = 0;
+            uint32_t amax = 0;
+            for (int64_t c = from; c < end; c += STRIP, ++strips) {
+                Strip& one = s[strips];
+                fill(one, source, top, bottom, c, end - c < STRIP ? end - c : STRIP);
+                for (int64_t i = 0; i < one.count; ++i) amax = one.amax[i] > amax ? one.amax[i] : amax;
+            }
+            Scale found = scale_of<F>(amax, power_of_two);
+            scales[next++] = found.scale;
+            float inverse[STRIP];
+            for (int c = 0; c < STRIP; ++c) inverse[c] = found.inverse;
+            for (int64_t i = 0; i < strips; ++i)
+                nonfinite += encode_strip<F>(s[i], inverse, codes + top * columns + from + i * STRIP, columns);
+        }
+    return nonfinite;
+}
+
+// Rows of the tiles of height 128 with scale rows [begin, end): with offsets, tiles restart at each group's first row
+// and group g's first tile is number offsets[g] / 128 + g (numerics/tiles.py); without, every `segment` rows.
+template <typename Do>
+INLINE void each_row_tile(
+    int64_t begin, int64_t end, int64_t segment, const int64_t* offsets, int64_t groups, Do&& work) {
+    if (!offsets) {
+        int64_t tiles = (segment + TILE - 1) / TILE;
+        for (int64_t tile = begin; tile < end; ++tile) {
+            int64_t first = tile / tiles * segment, top = first + tile % tiles * TILE;
+            work(tile, top, top + TILE < first + segment ? top + TILE : first + segment);
+        }
+        return;
+    }
+    int64_t group = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+        while (group + 1 < groups && tile >= offsets[group + 1] / TILE + group + 1) ++group;
+        int64_t top = offsets[group] + (tile - (offsets[group] / TILE + group)) * TILE;
+        int64_t bottom = offsets[group + 1];
+        work(tile, top < bottom ? top : bottom, top + TILE < bottom ? top + TILE : bottom);
+    }
+}
+
+template <typename F, typename S>
+int64_t run_rows(
+    int64_t begin, int64_t end, S source, int64_t columns, int64_t tile, int64_t segment, bool power_of_two,
+    uint8_t* codes, int64_t code_stride, float* scales, int64_t scale_stride) {
+    int64_t nonfinite = 0;
+    for (int64_t r = begin; r < end; ++r)
+        nonfinite += quantise_row<F>(
+            source, r, columns, tile, segment, power_of_two, codes + r * code_stride, scales + r * scale_stride);
+    return nonfinite;
+}
+
+template <typename F, typename S>
+int64_t run_tall(
+    int64_t begin, int64_t end, S source, int64_t columns, int64_t tile_columns, int64_t row_segment,
+    int64_t column_segment, const int64_t* offsets, int64_t groups, bool power_of_two, uint8_t* codes, float* scales,
+    int64_t scale_stride) {
+    int64_t nonfinite = 0;
+    each_row_tile(begin, end, row_segment, offsets, groups, [&](int64_t tile, int64_t top, int64_t bottom) {
+        float* to = scales + tile * scale_stride;
+        if (top == bottom) {  // no group reaches this row of the scales
+            for (int64_t i = 0; i < scale_stride; ++i) to[i] = 1.0f;
+        } else if (tile_columns == 1) {
+            nonfinite += quantise_columns<F>(source, top, bottom, columns, power_of_two, codes, to);
+        } else {
+            nonfinite += quantise_blocks<F>(source, top, bottom, columns, column_segment, power_of_two, codes, to);
+        }
+    });
+    return nonfinite;
+}
+
+// Codes of 1 x 128 (or 1 x segment) tiles, read through an index, as values: what a re-quantiser starts from.
+template <typename F>
+struct Codes {
+    static constexpr bool BF16 = true;
+    const uint8_t* codes;
+    const float* scales;
+    const int64_t* index;
+    int64_t stride, scale_stride;
+
+    struct Row {
+        const uint8_t* codes;
+        const float* scales;
+    };
+    ALWAYS_INLINE Row row(int64_t r) const {
+        int64_t at = index ? index[r] : r;
+        return {codes + at * stride, scales + at * scale_stride};
+    }
+    // LANES columns from a multiple of LANES on lie in one tile of 128.
+    ALWAYS_INLINE f32v at(Row row, int64_t c) const {
+        return decode<F>(F::M == 6 ? twelve(row.codes + c / 2 * 3, LANES) : widen(load<u8v>(row.codes + c))) *
+               splat(row.scales[c / TILE]);
+    }
+    ALWAYS_INLINE f32v part(Row row, int64_t c, int64_t count) const {
+        u32v code = F::M == 6 ? twelve(row.codes + c / 2 * 3, count) : widen(load_part<u8v>(row.codes + c, count));
+        return decode<F>(code) * splat(row.scales[c / TILE]);
+    }
+    // Values of narrow formats fit BF16 under a power of two, unless it is a very small one.
+    ALWAYS_INLINE bool narrow(Row row, int64_t c, int64_t count, u16w& to) const {
+        u32v left = bits(count >= LANES ? at(row, c) : part(row, c, count)), right = {};
+        if (count == WIDE) right = bits(at(row, c + LANES));
+        else if (count > LANES) right = bits(part(row, c + LANES, count - LANES));
+        to = join(left >> 16, right >> 16);
+        return largest_lane((left | right) & 0xFFFF) == 0;
+    }
+    ALWAYS_INLINE u32v twelve(const uint8_t* from, int64_t count) const {
+        u32v code = {};
+        for (int64_t i = 0; i < count; i += 2, from += 3) {
+            uint32_t pair = (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16;
+            code[i] = pair & 0xFFF;
+            if (i + 1 < count) code[i + 1] = pair >> 12;
+        }
+        return code;
+    }
+};
+
+}  // namespace
