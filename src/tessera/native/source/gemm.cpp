@@ -29,7 +29,7 @@ namespace {
 
 enum Kind : int64_t { FPROP, DGRAD, WGRAD };
 enum OutType : int64_t { OUT_FLOAT32, OUT_BFLOAT16, OUT_ADDED };  // ADDED: to the float32 that is there
-enum { PANEL = 32, WORDS = CHUNK / 2, BLOCK_BYTES = 256 * 1024 };
+enum { PANEL = 32, WORDS = CHUNK / 2, BLOCK_BYTES = 256 * 1024, BLOCK_ROWS = 128 };
 
 INLINE int64_t chunks_of(int64_t k) { return (k + CHUNK - 1) / CHUNK; }
 
@@ -304,9 +304,21 @@ INLINE void write_square(const Square& c, int64_t rows, int64_t columns, T* to, 
         }
 }
 
+#if defined(__AVX512BF16__)
+INLINE void write_whole_rows(const Square& c, int64_t rows, bf16* to, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i, to += stride)
+        store(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(c[i] + 16), _mm512_load_ps(c[i])));
+}
+#else
+INLINE void write_whole_rows(const Square& c, int64_t rows, bf16* to, int64_t stride) {
+    write_square<bf16, false>(c, rows, PANEL, to, stride);
+}
+#endif
+
 INLINE void write_out(const Problem& p, const Square& c, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     int64_t at = row * p.out_stride + column;
-    if (p.out_type == OUT_BFLOAT16) write_square<bf16, false>(c, rows, columns, (bf16*)p.out + at, p.out_stride);
+    if (p.out_type == OUT_BFLOAT16 && columns == PANEL) write_whole_rows(c, rows, (bf16*)p.out + at, p.out_stride);
+    else if (p.out_type == OUT_BFLOAT16) write_square<bf16, false>(c, rows, columns, (bf16*)p.out + at, p.out_stride);
     else if (p.out_type == OUT_FLOAT32) write_square<float, false>(c, rows, columns, (float*)p.out + at, p.out_stride);
     else write_square<float, true>(c, rows, columns, (float*)p.out + at, p.out_stride);
 }
@@ -380,7 +392,7 @@ TESSERA_ENTRY(void, gemm)(int64_t begin, int64_t end, const Problem* problem) {
     }
     int64_t row_bytes = (longest ? longest : 1) * CHUNK * (int64_t)sizeof(element);
     int64_t block = BLOCK_BYTES / row_bytes / PANEL * PANEL;
-    block = block < PANEL ? PANEL : block;
+    block = block < PANEL ? PANEL : least(block, BLOCK_ROWS);
     block = least(block, (end - begin + PANEL - 1) / PANEL * PANEL);
     element* a = (element*)aligned_alloc(64, (size_t)(block * row_bytes));
     for (int64_t g = 0; g < p.groups; ++g) {
