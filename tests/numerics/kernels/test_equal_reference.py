@@ -45,6 +45,10 @@ def kernel(request: pytest.FixtureRequest) -> Any:
     return vectorised if request.param == "torch" else cpu.Kernels(request.param)
 
 
+# The compiled tensor core is held to the reference, in every instruction set, in test_hopper_native.py.
+PYTORCH_FORM = pytest.mark.parametrize("kernel", ["torch"], indirect=True)
+
+
 class Draw:
     """Matrices of one distribution, from one seed."""
 
@@ -207,6 +211,7 @@ SHAPES = {
 }
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("interval", [32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -220,6 +225,7 @@ def test_tensor_core_products_of_quantised_data_are_bit_equal(
         assert_matmul_bits(kernel, replace(problem, accumulation="hopper", interval=interval))
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("scales", ["powers", "floats", "tiny"])
 @pytest.mark.parametrize("codes", [FINITE_E4M3, SUBNORMAL_HEAVY, list(range(256))], ids=["all", "small", "nan"])
 def test_tensor_core_products_of_random_codes_are_bit_equal(kernel: Any, codes: list[int], scales: str) -> None:
@@ -235,6 +241,7 @@ def test_tensor_core_products_of_random_codes_are_bit_equal(kernel: Any, codes: 
                 assert_matmul_within(kernel, drawn, FLOAT32_BAR)
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("formats", [("e5m2", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e5m2")], ids=str)
 def test_tensor_core_products_with_e5m2_operands_are_bit_equal(kernel: Any, formats: tuple[str, str]) -> None:
     generator = torch.Generator().manual_seed(13)
@@ -260,6 +267,7 @@ WHOLE_TILES = [
 ]
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "a", "b"), WHOLE_TILES, ids=str)
 def test_scales_constant_along_the_contraction_take_any_interval(
@@ -273,6 +281,7 @@ def test_scales_constant_along_the_contraction_take_any_interval(
     assert_matmul_within(kernel, problem, FLOAT32_BAR)
 
 
+@PYTORCH_FORM
 def test_promotion_rounds_once_even_where_float64_would_round_twice(kernel: Any) -> None:
     # Block 1 gives y = 1. Block 2 gives p = 7361 = 16 * 448 + 192 + 1 with the scale 9335617 * 2^-60, and
     # 7361 * 9335617 = 2^36 + 1: the exact sum is 1 + 2^-24 + 2^-60, which rounds up.
@@ -289,6 +298,7 @@ def test_promotion_rounds_once_even_where_float64_would_round_twice(kernel: Any)
     assert problem.run(kernel).item() == 1 + 2.0**-23
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize(
     "exponents", [(-67, -70, -74, -90), (40, 50), (52, 54, 58)], ids=["subnormal", "large", "overflowing"]
 )
@@ -301,12 +311,14 @@ def test_tensor_core_products_at_the_ends_of_float32_are_bit_equal(kernel: Any, 
         assert_matmul_bits(kernel, replace(drawn, a=a, b=b, accumulation="hopper"))
 
 
+@PYTORCH_FORM
 def test_every_segment_of_dgrad_is_an_unpromoted_sum_of_its_own(kernel: Any) -> None:
     problem = problem_of("dgrad", [3], 192, 5, Draw(19, "same_sign"), (TENSOR, TENSOR), 96, kernel=kernel)
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper", interval=256))
     assert_matmul_bits(kernel, replace(problem, accumulation="hopper_unpromoted"))
 
 
+@PYTORCH_FORM
 def test_a_scale_that_varies_inside_a_block_is_refused_by_the_tensor_core(kernel: Any) -> None:
     problem = problem_of("dgrad", [3], 150, 4, Draw(4), (VECTOR, ROW), kernel=kernel)
     for accumulation in ("hopper", "hopper_unpromoted"):
@@ -418,6 +430,7 @@ def test_a_nan_code_reaches_only_the_outputs_it_takes_part_in(kernel: Any, accum
     assert torch.equal(problem.run(kernel).isnan(), owed)
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("k", [512, 4096, 16384])
 def test_promoted_tensor_core_stays_within_bars_that_do_not_grow_with_k(kernel: Any, k: int) -> None:
     for tiles, mode in (((VECTOR, BLOCK), "power_of_two"), ((TENSOR, TENSOR), "float32")):
@@ -426,6 +439,7 @@ def test_promoted_tensor_core_stays_within_bars_that_do_not_grow_with_k(kernel: 
             assert_matmul_within(kernel, replace(problem, accumulation="hopper"), bar)
 
 
+@PYTORCH_FORM
 def test_without_promotion_the_error_is_the_few_percent_the_report_saw(kernel: Any) -> None:
     # Report, section 3.3.2: "nearly 2 %" at K = 4096; largest error over mean magnitude, on random signs.
     problem = problem_of("fprop", [48], 48, 4096, Draw(10), (TENSOR, TENSOR), kernel=kernel)
@@ -476,6 +490,7 @@ def test_a_row_of_a_single_output_does_not_depend_on_how_many_rows_it_shares(ker
         assert torch.equal(rows_of(problem, slice(0, rows)).run(kernel), whole[:rows]), f"{rows} first rows"
 
 
+@PYTORCH_FORM
 @pytest.mark.parametrize("kind", ["fprop", "dgrad"])
 def test_a_row_of_a_tensor_core_product_does_not_depend_on_the_others(kernel: Any, kind: str) -> None:
     problem = problem_of(kind, [70], 9, 200, Draw(16), kernel=kernel)
