@@ -69,3 +69,12 @@ def test_without_a_compiler_the_build_goes_on_says_so_and_leaves_no_older_librar
     )
     assert answer.returncode == 0, answer.stderr
     assert "PyTorch kernels" in answer.stderr and not older.exists()
+
+
+def test_every_instruction_set_of_this_machine_was_built() -> None:
+    """A set that its compiler could not build would run as the next lower one, and nobody would notice."""
+    handle = library.library().handle
+    if handle is None:
+        pytest.skip(native.problem())
+    for isa in native.instruction_sets():
+        assert hasattr(handle, f"tessera_{isa}_gemm"), isa

@@ -67,6 +67,22 @@ INLINE void read_block(
     const Operand& o, int64_t r, int64_t count, int64_t c, int64_t width, int64_t columns, bool fold,
     const Group* group, Chunk block[CHUNK]) {
     Shifts shifts(o, fold && TYPE >= FROM_E4M3, c, columns);
+#if defined(__AVX512BW__)
+    bool whole = TYPE == FROM_E4M3 && width == CHUNK && !o.index && shifts.fold && count > 0;
+    bool tokens = whole && shifts.uniform && o.tile_rows == 1;
+    int64_t tile = whole && !tokens ? tile_of_row(o, r, group) : 0;
+    if (tokens || (whole && o.tile_rows != 1 && tile == tile_of_row(o, r + count - 1, group))) {
+        const uint8_t* codes = (const uint8_t*)o.data + r * o.stride + c;
+        const float* scales = o.scales + r * o.scale_stride + shifts.column[0];
+        __m512i shift = tokens ? __m512i{} : load<__m512i>(shifts.at(tile));
+        for (int64_t i = 0; i < count; ++i, codes += o.stride) {
+            if (tokens) shift = _mm512_set1_epi16((short)exponent_shift(scales[i * o.scale_stride]));
+            store(block[i].v, folded(e4m3_to_bf16(load<__m256i>(codes)), shift));
+        }
+        for (int64_t i = count; i < CHUNK; ++i) block[i] = Chunk{};
+        return;
+    }
+#endif
     for (int64_t i = 0; i < count; ++i) {
         const uint16_t* shift = shifts.fold ? shifts.at(tile_of_row(o, r + i, group)) : nullptr;
         block[i] = width == CHUNK ? read_chunk<TYPE>(open_row(o, r + i).at, c, CHUNK, shift)
@@ -109,7 +125,7 @@ void pack_panel(const Problem& p, const Group& group, int64_t g, int64_t panel, 
         int64_t row = p.kind == DGRAD ? g * p.k + k : group.first + k;
         const Group* restarts = p.kind == WGRAD ? &group : nullptr;
         read_any_block(p.b, row, width, first, count, p.n, p.fold, restarts, block);
-        for (int i = 0; i < WORDS; ++i) interleave(block[2 * i].v, block[2 * i + 1].v, to + i * PANEL);
+        for (int i = 0; i < WORDS; ++i) interleave(block[2 * i].v, block[2 * i + 1].v, to + i * PANEL, to + i * PANEL + 16);
     }
 }
 
@@ -119,33 +135,28 @@ typedef bf16 element;  // of packed A
 typedef float element;
 #endif
 
-// Thirty-two rows of A, [chunks][32][32]; `count` of them are there.
-void pack_rows(const Problem& p, const Group& group, int64_t row, int64_t count, element* to) {
+// Thirty-two rows of A as BF16, one chunk; `count` of them are there.
+INLINE void pack_chunk(const Problem& p, const Group& group, int64_t row, int64_t count, int64_t k, Chunk to[CHUNK]) {
+    int64_t width = least(CHUNK, group.k - k);
+    if (p.kind != WGRAD) {
+        read_any_block(p.a, row, count, k, width, p.k, p.fold, &group, to);
+        return;
+    }
     Chunk block[CHUNK];
+    uint32_t words[2][16][16];  // [half of the rows][pair][row]
+    read_any_block(p.a, group.first + k, width, row, count, p.m, p.fold, &group, block);
+    for (int i = 0; i < WORDS; ++i) interleave(block[2 * i].v, block[2 * i + 1].v, words[0][i], words[1][i]);
+    for (int half = 0; half < 2; ++half) transpose_words(words[half], (uint32_t*)(to + half * 16), 16);
+}
+
+// Thirty-two rows of A, [chunks][32][32]; rows from `count` on are zero.
+void pack_rows(const Problem& p, const Group& group, int64_t row, int64_t count, element* to) {
     for (int64_t chunk = 0; chunk < group.chunks; ++chunk, to += CHUNK * CHUNK) {
-        int64_t k = chunk * CHUNK, width = least(CHUNK, group.k - k);
-        if (p.kind == WGRAD) {
-            Chunk turned[CHUNK];
-            uint32_t words[2][16][16];  // [half of the rows][pair][row]
-            read_any_block(p.a, group.first + k, width, row, count, p.m, p.fold, &group, block);
-            for (int i = 0; i < WORDS; ++i) {
-                uint32_t line[CHUNK];
-                interleave(block[2 * i].v, block[2 * i + 1].v, line);
-                memcpy(words[0][i], line, 64);
-                memcpy(words[1][i], line + 16, 64);
-            }
-            uint32_t across[16][16];
-            for (int half = 0; half < 2; ++half) {
-                transpose_words(words[half], across[0], 16);
-                for (int i = 0; i < 16; ++i) memcpy(turned[half * 16 + i].v, across[i], 64);
-            }
-            memcpy(block, turned, sizeof block);
-        } else {
-            read_any_block(p.a, row, count, k, width, p.k, p.fold, &group, block);
-        }
 #if defined(__AVX512BF16__)
-        memcpy(to, block, sizeof block);
+        pack_chunk(p, group, row, count, chunk * CHUNK, (Chunk*)to);
 #else
+        Chunk block[CHUNK];
+        pack_chunk(p, group, row, count, chunk * CHUNK, block);
         for (int i = 0; i < CHUNK; ++i)
             for (int j = 0; j < CHUNK; j += LANES) store(to + i * CHUNK + j, from_bf16(load<u16v>(block[i].v + j)));
 #endif

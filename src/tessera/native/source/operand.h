@@ -47,7 +47,7 @@ INLINE uint16_t shifted(uint16_t u, uint16_t shift) {
 
 #if defined(__AVX512BW__)
 
-INLINE __m512i fold(__m512i u, __m512i shift) {
+INLINE __m512i folded(__m512i u, __m512i shift) {
     __m512i magnitude = _mm512_and_si512(u, _mm512_set1_epi16(0x7FFF));
     __mmask32 normal = _mm512_cmplt_epu16_mask(
         _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7F7F));
@@ -101,7 +101,7 @@ INLINE Chunk read_chunk(const uint8_t* row, int64_t c, int64_t count, const uint
 #if defined(__AVX512BW__)
     if (TYPE == FROM_E4M3) {
         __m512i v = e4m3_to_bf16(load<__m256i>(codes));
-        if (shift) v = fold(v, load<__m512i>(shift));
+        if (shift) v = folded(v, load<__m512i>(shift));
         store(chunk.v, v);
         return chunk;
     }

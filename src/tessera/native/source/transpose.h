@@ -40,15 +40,18 @@ INLINE void transpose_words(const uint32_t rows[16][16], uint32_t* to, int64_t s
 #endif
 }
 
-// Words (even[i], odd[i]), the even one in the low half; thirty-two of them.
-INLINE void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* words) {
+// Words (even[i], odd[i]), the even one in the low half: sixteen to each of the two places.
+INLINE void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* first, uint32_t* second) {
 #if defined(__AVX512BW__)
     __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
     __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_storeu_si512(words, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(low, second, high));
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(first, _mm512_permutex2var_epi64(low, left, high));
+    _mm512_storeu_si512(second, _mm512_permutex2var_epi64(low, right, high));
 #else
-    for (int i = 0; i < 32; ++i) words[i] = even[i] | (uint32_t)odd[i] << 16;
+    for (int i = 0; i < 16; ++i) {
+        first[i] = even[i] | (uint32_t)odd[i] << 16;
+        second[i] = even[16 + i] | (uint32_t)odd[16 + i] << 16;
+    }
 #endif
 }
