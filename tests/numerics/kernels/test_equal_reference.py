@@ -186,6 +186,16 @@ def test_segments_and_groups_follow_the_law(kernel: Any, name: str, mode: str) -
     assert_quantises_as_the_law(kernel, x.bfloat16(), layout, "e5m6" if shape[1] < 10 else "e5m2", mode)
 
 
+@pytest.mark.parametrize("columns", [14, 30, 34, 258, 300])
+def test_codes_of_12_bits_follow_the_law_where_tiles_begin_inside_a_pair(kernel: Any, columns: int) -> None:
+    x = oracle.unruly(5, columns, seed=columns)
+    layout = Layout(VECTOR, 0, columns // 2)
+    assert_quantises_as_the_law(kernel, x, layout, "e5m6")
+    codes, scales, _ = kernel.quantise(x, *layout.arguments(), "e5m6", "power_of_two", "nearest")
+    arguments = (codes, scales, *layout.arguments(), "e5m6", columns)
+    assert same_bits(kernel.dequantise(*arguments), reference.dequantise(*arguments))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_matrix_without_rows_is_quantised_to_no_codes(kernel: Any, format: str) -> None:
     for layout in (

@@ -65,7 +65,6 @@ namespace {
 // Values code * scale, rounded once. A scale's column is `tile` columns wide; segments restart it.
 template <typename F, typename T>
 void dequantise_row(const uint8_t* codes, const float* scales, int64_t columns, int64_t tile, int64_t segment, T* to) {
-    Codes<F> reader = {};
     int64_t next = 0;
     for (int64_t start = 0; start < columns; start += segment) {
         int64_t end = start + segment, width = tile ? tile : segment;
@@ -74,13 +73,9 @@ void dequantise_row(const uint8_t* codes, const float* scales, int64_t columns, 
             f32v factor = splat(scales[next]);
             for (int64_t c = from; c < last; c += LANES) {
                 int64_t count = last - c < LANES ? last - c : LANES;
-                if (F::M == 6) {
-                    write_part(to + c, decode<F>(reader.twelve(codes + c / 2 * 3, count)) * factor, count);
-                } else if (count == LANES) {
-                    write(to + c, decode<F>(widen(load<u8v>(codes + c))) * factor);
-                } else {
-                    write_part(to + c, decode<F>(widen(load_part<u8v>(codes + c, count))) * factor, count);
-                }
+                f32v value = decode<F>(read_codes<F>(codes, c, count)) * factor;
+                if (count == LANES) write(to + c, value);
+                else write_part(to + c, value, count);
             }
         }
     }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fp8.h"
+#include "twelve_bits.h"
 
 namespace {
 
@@ -34,18 +35,16 @@ struct Values {
     static ALWAYS_INLINE float widened(bf16 x) { return from_bf16(x); }
 };
 
-// Two codes of 12 bits, a and b, in the three little-endian bytes of a | b << 12.
-INLINE void write_twelve(uint8_t* to, u32v code, int64_t count) {
-    for (int64_t i = 0; i < count; i += 2) {
-        uint32_t pair = (code[i] & 0xFFF) | (i + 1 < count ? code[i + 1] & 0xFFF : 0) << 12;
-        to[0] = (uint8_t)pair, to[1] = (uint8_t)(pair >> 8), to[2] = (uint8_t)(pair >> 16);
-        to += 3;
-    }
+// Columns [c, c + count) of a row of codes, count <= LANES; in 12 bits c is even.
+template <typename F>
+INLINE u32v read_codes(const uint8_t* row, int64_t c, int64_t count) {
+    if (F::M == 6) return count == LANES ? read_twelve(row + c / 2 * 3) : read_twelve_part(row + c / 2 * 3, count);
+    return widen(count == LANES ? load<u8v>(row + c) : load_part<u8v>(row + c, count));
 }
 
 template <typename F>
 INLINE void write_codes_part(uint8_t* to, u32v code, int64_t count) {
-    if (F::M == 6) write_twelve(to, code, count);
+    if (F::M == 6) write_twelve_part(to, code, count);
     else store_part(to, narrow8(code), count);
 }
 
@@ -61,7 +60,7 @@ void encode_row_tile(S source, decltype(source.row(0)) x, int64_t from, int64_t 
     int64_t c = from;
     for (; c + LANES <= to; c += LANES) {
         u32v code = codes_of<F>(source.at(x, c), factor);
-        if (F::M == 6) write_twelve(code_at<F>(codes, c), code, LANES);
+        if (F::M == 6) write_twelve(code_at<F>(codes, c), code);
         else store(codes + c, narrow8(code));
     }
     if (c < to) write_codes_part<F>(code_at<F>(codes, c), codes_of<F>(source.part(x, c, to - c), factor), to - c);
@@ -398,13 +397,9 @@ struct Codes {
         return {codes + at * stride, scales + at * scale_stride};
     }
     // LANES columns from a multiple of LANES on lie in one tile of 128.
-    ALWAYS_INLINE f32v at(Row row, int64_t c) const {
-        return decode<F>(F::M == 6 ? twelve(row.codes + c / 2 * 3, LANES) : widen(load<u8v>(row.codes + c))) *
-               splat(row.scales[c / TILE]);
-    }
+    ALWAYS_INLINE f32v at(Row row, int64_t c) const { return part(row, c, LANES); }
     ALWAYS_INLINE f32v part(Row row, int64_t c, int64_t count) const {
-        u32v code = F::M == 6 ? twelve(row.codes + c / 2 * 3, count) : widen(load_part<u8v>(row.codes + c, count));
-        return decode<F>(code) * splat(row.scales[c / TILE]);
+        return decode<F>(read_codes<F>(row.codes, c, count)) * splat(row.scales[c / TILE]);
     }
     // Values of narrow formats fit BF16 under a power of two, unless it is a very small one.
     ALWAYS_INLINE bool narrow(Row row, int64_t c, int64_t count, u16w& to) const {
@@ -413,15 +408,6 @@ struct Codes {
         else if (count > LANES) right = bits(part(row, c + LANES, count - LANES));
         to = join(left >> 16, right >> 16);
         return largest_lane((left | right) & 0xFFFF) == 0;
-    }
-    ALWAYS_INLINE u32v twelve(const uint8_t* from, int64_t count) const {
-        u32v code = {};
-        for (int64_t i = 0; i < count; i += 2, from += 3) {
-            uint32_t pair = (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16;
-            code[i] = pair & 0xFFF;
-            if (i + 1 < count) code[i + 1] = pair >> 12;
-        }
-        return code;
     }
 };
 

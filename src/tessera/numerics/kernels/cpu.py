@@ -46,7 +46,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See kernels/__init__.py."""
         tall = tile_rows == TILE and tile_columns in (1, TILE)
-        if rounding != "nearest" or not (tile_rows == 1 or tall) or (tall and format == "e5m6"):
+        cut = format == "e5m6" and column_segment % 2  # a tile would begin inside a pair of 12-bit codes
+        if rounding != "nearest" or not (tile_rows == 1 or tall) or (tall and format == "e5m6") or cut:
             return fallback.quantise(
                 x, tile_rows, tile_columns, row_segment, column_segment, offsets, format, scale_mode, rounding
             )
@@ -117,7 +118,7 @@ class Kernels:
         columns: int,
     ) -> Tensor:
         """See kernels/__init__.py."""
-        if tile_rows != 1 or columns == 0:
+        if tile_rows != 1 or columns == 0 or (format == "e5m6" and column_segment % 2):
             return fallback.dequantise(
                 codes, scales, tile_rows, tile_columns, row_segment, column_segment, offsets, format, columns
             )
