@@ -5,6 +5,6 @@ instruction set, and shares rows among threads. The sources are in source/, one 
 """
 
 from tessera.native.kernel import SMALLEST_SHARE, Kernel
-from tessera.native.library import available, instruction_sets, problem, require
+from tessera.native.library import available, instruction_sets, keep_freed_memory, problem, require
 
-__all__ = ["SMALLEST_SHARE", "Kernel", "available", "instruction_sets", "problem", "require"]
+__all__ = ["SMALLEST_SHARE", "Kernel", "available", "instruction_sets", "keep_freed_memory", "problem", "require"]

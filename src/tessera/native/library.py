@@ -65,3 +65,12 @@ def require(isa: str = "") -> None:
         raise ValueError(f"no instruction set {isa!r}; there are {', '.join(SETS)}")
     if isa and isa not in found.sets:
         raise ValueError(f"this machine has no {isa}; it has {', '.join(found.sets)}")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees, for processes that train: blocks of every step are the next one's.
+
+    False where there is no library, or no such setting of the allocator (it is glibc's).
+    """
+    handle = library().handle
+    return handle is not None and bool(handle.tessera_keep_freed_memory())

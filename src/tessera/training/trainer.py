@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera import native
 from tessera.accounting import flops_per_token, mfu, parameters
 from tessera.data import Batch, Dataset
 from tessera.model import Transformer
@@ -161,6 +162,7 @@ class Trainer:
         optimizer of a step at which the recipe's [stability] ends the run (NonFinite, of these, where a step is not
         finite), and UserError where the disk refuses; the run's state is then "failed".
         """
+        native.keep_freed_memory()
         run, section = self.run_folder, self.recipe.checkpoint
         go_on = section.on_failed_write == "go_on"
         self._journal = Journal(run, self.recipe.name, self._offset, self.observer, go_on=go_on)

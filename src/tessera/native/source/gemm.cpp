@@ -420,15 +420,26 @@ TESSERA_ENTRY(void, gemm)(int64_t begin, int64_t end, const Problem* problem) {
 #endif
 }
 
-// The smallest and the largest exponent of `count` scales, biased, as smallest + 256 * largest; -1 where one of them is
-// no power of two.
-TESSERA_ENTRY(int64_t, exponents)(int64_t, int64_t, const float* scales, int64_t count) {
-    uint32_t smallest = 255, largest = 0, fraction = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t u = bits(scales[i]), exponent = u >> 23;
-        fraction |= u & FRACTION_MASK;
-        smallest = exponent < smallest ? exponent : smallest;
-        largest = exponent > largest ? exponent : largest;
+// 1 where the scales of both sides, powers of two all of them, are at most 2^`range` and at least 2^-`range`, and their
+// products 2^`product_range`.
+TESSERA_ENTRY(int64_t, foldable)(
+    int64_t, int64_t, const float* a, int64_t a_count, const float* b, int64_t b_count, int64_t range,
+    int64_t product_range) {
+    int64_t low = 0, high = 0;
+    for (int side = 0; side < 2; ++side) {
+        const float* scales = side ? b : a;
+        int64_t count = side ? b_count : a_count;
+        if (count == 0) continue;
+        uint32_t smallest = 255, largest = 0, fraction = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t u = bits(scales[i]), exponent = u >> 23;
+            fraction |= u & FRACTION_MASK;
+            smallest = exponent < smallest ? exponent : smallest;
+            largest = exponent > largest ? exponent : largest;
+        }
+        int64_t least_exponent = (int64_t)smallest - 127, most = (int64_t)largest - 127;
+        if (fraction || least_exponent < -range || most > range) return 0;
+        low += least_exponent, high += most;
     }
-    return fraction || smallest == 0 ? -1 : (int64_t)(smallest | largest << 8);
+    return low >= -product_range && high <= product_range;
 }

@@ -23,11 +23,11 @@ CHUNK = 32  # of the contraction, and columns of a panel
 
 PACK = Kernel("gemm_pack", "p")
 GEMM = Kernel("gemm", "p")
-EXPONENTS = Kernel("exponents", "pi", counts=True)
+FOLDABLE = Kernel("foldable", "pipiii", counts=True)
 
 # Scales are folded where neither a value nor a product can leave BF16's normal numbers, which matrix units flush to
 # zero: values are 2^-16 (E5M2's smallest) to 2^16 times their scale.
-BIAS, VALUE_RANGE, PRODUCT_RANGE = 127, 100, 80
+VALUE_RANGE, PRODUCT_RANGE = 100, 80
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,10 @@ def output_shape(kind: str, a: Sequence[int], b: Sequence[int], groups: int) -> 
 
 def foldable(a: Side, b: Side, isa: str = "") -> bool:
     """True where both sides' scales, powers of two all of them, can be folded into BF16 values."""
-    low = high = 0
-    for side in (a, b):
-        if side.scales is None or not side.scales.numel():
-            continue
-        found = EXPONENTS(1, side.scales, side.scales.numel(), isa=isa)
-        smallest, largest = found % 256 - BIAS, found // 256 - BIAS
-        if found < 0 or smallest < -VALUE_RANGE or largest > VALUE_RANGE:
-            return False
-        low, high = low + smallest, high + largest
-    return low >= -PRODUCT_RANGE and high <= PRODUCT_RANGE
+    counts = [0 if side.scales is None else side.scales.numel() for side in (a, b)]
+    if not any(counts):
+        return True
+    return FOLDABLE(1, a.scales, counts[0], b.scales, counts[1], VALUE_RANGE, PRODUCT_RANGE, isa=isa) == 1
 
 
 def promotes(kind: str, a: Side, b: Side) -> bool:
