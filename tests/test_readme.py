@@ -42,6 +42,8 @@ RUN: dict[str, list[str]] = {
 ONLY_PARSED = {
     "make train",
     "make test",
+    "make native",
+    "make sanitise",
     'make install PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"',
     "tessera compare",
     "tessera compare recipes/tiny.toml --set data.source=my_texts --out runs/mine",

@@ -30,6 +30,7 @@ class Kernel:
 
     def __init__(self, name: str, signature: str, *, counts: bool = False) -> None:
         self.name, self.signature, self.counts = name, signature, counts
+        self._functions: dict[str, Callable[..., int | None]] = {}  # by instruction set asked for
 
     def __call__(self, rows: int, *arguments: Any, work: int = 1, grain: int = 1, isa: str = "") -> int:
         """Run on rows [0, rows), in shares that begin at multiples of `grain`; `work`: elements a row has.
@@ -37,30 +38,27 @@ class Kernel:
         `isa` names an instruction set; "" is the best there is a variant for. Raises ValueError for a set that this
         machine has not, or has no variant of this kernel for.
         """
-        function = _function(self.name, self.signature, self.counts, isa)
+        function = self._functions.get(isa) or self._functions.setdefault(isa, self._find(isa))
         # The tensors in `arguments` stay alive until all shares are done: the caller's frame holds them.
         values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        shares = _shares(rows, grain, work)
-        if len(shares) == 1:
+        if torch.get_num_threads() == 1 or len(shares := _shares(rows, grain, work)) == 1:
             return function(0, rows, *values) or 0
         first, *others = shares
         waiting = [_pool(len(others)).submit(function, *share, *values) for share in others]
         total = function(*first, *values) or 0
         return total + sum(one.result() or 0 for one in waiting)
 
-
-@cache
-def _function(name: str, signature: str, counts: bool, isa: str) -> Callable[..., int | None]:
-    require(isa)
-    opened = library()
-    # A kernel has variants only where they differ: the best set's is that of the next lower set that has one.
-    for candidate in opened.sets[opened.sets.index(isa) if isa else 0 :]:
-        function = getattr(opened.handle, f"tessera_{candidate}_{name}", None)
-        if function is not None:
-            function.argtypes = [ctypes.c_int64, ctypes.c_int64, *(TYPES[letter] for letter in signature)]
-            function.restype = ctypes.c_int64 if counts else None
-            return function
-    raise ValueError(f"the native library has no kernel {name}")
+    def _find(self, isa: str) -> Callable[..., int | None]:
+        require(isa)
+        opened = library()
+        # A kernel has variants only where they differ: the best set's is that of the next lower set that has one.
+        for candidate in opened.sets[opened.sets.index(isa) if isa else 0 :]:
+            function = getattr(opened.handle, f"tessera_{candidate}_{self.name}", None)
+            if function is not None:
+                function.argtypes = [ctypes.c_int64, ctypes.c_int64, *(TYPES[letter] for letter in self.signature)]
+                function.restype = ctypes.c_int64 if self.counts else None
+                return function
+        raise ValueError(f"the native library has no kernel {self.name}")
 
 
 def _shares(rows: int, grain: int, work: int) -> list[tuple[int, int]]:
