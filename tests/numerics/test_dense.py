@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessera import native
 from tessera.numerics import dense
 from tessera.numerics.dense import matmul_rows
 from tests.numerics.oracle import relative_norm
@@ -77,3 +78,30 @@ def test_weight_gradients_of_bf16_operands_are_not_rounded_to_bf16() -> None:
     y = dense.matmul("wgrad", a, b, None, torch.float32)
     assert relative_norm(y, a.double().T @ b.double()) < 1e-6
     assert not torch.equal(y, y.bfloat16().float())
+
+
+@pytest.mark.skipif(bool(native.problem()), reason=native.problem() or "native kernels are there")
+def test_the_products_of_a_fixed_weight_are_torch_operators_and_equal_the_plain_ones() -> None:
+    weight, x, dy = torch.randn(70, 40), torch.randn(9, 40).bfloat16(), torch.randn(9, 70).bfloat16()
+    ops = torch.ops.tessera
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for kind in ("fprop", "dgrad"):
+        torch.library.opcheck(ops.bf16_pack.default, (kind, weight), test_utils=checks)
+    packed = ops.bf16_pack("fprop", weight)
+    torch.library.opcheck(
+        ops.bf16_packed_matmul.default, (torch.empty(9, 70), "fprop", x, weight, packed), test_utils=checks
+    )
+    torch.library.opcheck(ops.bf16_wgrad.default, (torch.zeros(70, 40), dy, x, True), test_utils=checks)
+    for grouped in (None, torch.tensor([0, 4, 9])):
+        operands = (x, weight.bfloat16(), grouped, torch.float32, "")
+        torch.library.opcheck(ops.bf16_matmul.default, ("fprop", *operands), test_utils=checks)
+    fixed = dense.Fixed(weight, torch.bfloat16)
+    rounded = weight.bfloat16()
+    assert torch.equal(fixed.fprop(x, torch.empty(64, 70)), dense.matmul("fprop", x, rounded, None, torch.float32))
+    assert torch.equal(fixed.dgrad(dy, torch.empty_like(x)), dense.matmul("dgrad", dy, rounded, None, torch.bfloat16))
+    into, start = torch.randn(70, 40), torch.randn(70, 40)
+    dense.add_wgrad(dy, x, into, add=False)
+    assert torch.equal(into, dense.matmul("wgrad", dy, x, None, torch.float32))
+    owed = into + start
+    dense.add_wgrad(dy, x, start, add=True)
+    assert torch.equal(start, owed)

@@ -73,7 +73,7 @@ class Fixed:
         self.native = _runs_natively(dtype, weight.device)
         if self.native:
             # The kernel rounds float32 values as it packs them.
-            self._packed = {kind: native_gemm.pack(kind, native_gemm.values(weight)) for kind in ("fprop", "dgrad")}
+            self._packed = {kind: torch.ops.tessera.bf16_pack(kind, weight) for kind in ("fprop", "dgrad")}
         else:
             self._operand = weight.to(dtype)
             self._wide = self._operand.float()
@@ -91,17 +91,44 @@ class Fixed:
         return self._multiply("dgrad", dy, out) if self.native else out.copy_(matmul_rows(dy, self._operand))
 
     def _multiply(self, kind: str, a: Tensor, out: Tensor) -> Tensor:
-        sides = native_gemm.values(a), native_gemm.values(self.weight)
-        native_gemm.matmul(kind, *sides, None, out.dtype, out=out, packed=self._packed[kind])
+        torch.ops.tessera.bf16_packed_matmul(out, kind, a, self.weight, self._packed[kind])
         return out
 
 
 def add_wgrad(dy: Tensor, x: Tensor, into: Tensor, add: bool) -> None:
     """dy [M, N], x [M, K] of one dtype: dy^T x, float32 [N, K], written to `into` or added to what is there."""
     if _runs_natively(dy.dtype, dy.device):
-        native_gemm.matmul("wgrad", native_gemm.values(dy), native_gemm.values(x), None, into.dtype, out=into, add=add)
+        torch.ops.tessera.bf16_wgrad(into, dy, x, add)
     else:
         into.addmm_(dy.float().t(), x.float(), beta=1 if add else 0)
+
+
+def _bf16_pack(kind: str, weight: Tensor) -> Tensor:
+    return native_gemm.pack(kind, native_gemm.values(weight))
+
+
+def _fake_bf16_pack(kind: str, weight: Tensor) -> Tensor:
+    return weight.new_empty(native_gemm.packed_bytes(kind, *weight.shape), dtype=torch.uint8)
+
+
+def _bf16_packed_matmul(out: Tensor, kind: str, a: Tensor, weight: Tensor, packed: Tensor) -> None:
+    sides = native_gemm.values(a), native_gemm.values(weight)
+    native_gemm.matmul(kind, *sides, None, out.dtype, out=out, packed=packed)
+
+
+def _bf16_wgrad(into: Tensor, dy: Tensor, x: Tensor, add: bool) -> None:
+    native_gemm.matmul("wgrad", native_gemm.values(dy), native_gemm.values(x), None, into.dtype, out=into, add=add)
+
+
+LIBRARY.define("bf16_pack(str kind, Tensor weight) -> Tensor")
+LIBRARY.define("bf16_packed_matmul(Tensor(a!) out, str kind, Tensor a, Tensor weight, Tensor packed) -> ()")
+LIBRARY.define("bf16_wgrad(Tensor(a!) into, Tensor dy, Tensor x, bool add) -> ()")
+LIBRARY.impl("bf16_pack", _bf16_pack, "CPU")
+LIBRARY.impl("bf16_packed_matmul", _bf16_packed_matmul, "CPU")
+LIBRARY.impl("bf16_wgrad", _bf16_wgrad, "CPU")
+torch.library.register_fake("tessera::bf16_pack", _fake_bf16_pack, lib=LIBRARY)
+torch.library.register_fake("tessera::bf16_packed_matmul", lambda *_: None, lib=LIBRARY)
+torch.library.register_fake("tessera::bf16_wgrad", lambda *_: None, lib=LIBRARY)
 
 
 def _runs_natively(dtype: torch.dtype, device: torch.device) -> bool:

@@ -137,10 +137,16 @@ def pack(kind: str, b: Side, isa: str = "") -> Tensor:
     """b of "fprop" or "dgrad", values without groups, as `matmul` takes it; for products that follow in turn."""
     rows, columns = b.data.shape
     n, k = (rows, columns) if kind == "fprop" else (columns, rows)
-    packed = b.data.new_empty(_packed_bytes(kind, 0, n, k, 1), dtype=torch.uint8)
+    packed = b.data.new_empty(packed_bytes(kind, rows, columns), dtype=torch.uint8)
     problem = _Problem(b=_operand(b), kind=KINDS.index(kind), groups=1, fold=True, n=n, k=k, packed=packed.data_ptr())
     PACK(-(-n // CHUNK), ctypes.addressof(problem), work=CHUNK * k, isa=isa)
     return packed
+
+
+def packed_bytes(kind: str, rows: int, columns: int) -> int:
+    """Of what `pack` makes of a matrix."""
+    n, k = (rows, columns) if kind == "fprop" else (columns, rows)
+    return _packed_bytes(kind, 0, n, k, 1)
 
 
 def _packed_bytes(kind: str, rows: int, n: int, k: int, groups: int) -> int:
