@@ -29,7 +29,7 @@ namespace {
 
 enum Kind : int64_t { FPROP, DGRAD, WGRAD };
 enum OutType : int64_t { OUT_FLOAT32, OUT_BFLOAT16, OUT_ADDED };  // ADDED: to the float32 that is there
-enum { PANEL = 32, WORDS = CHUNK / 2, BLOCK_BYTES = 256 * 1024, BLOCK_ROWS = 128 };
+enum { PANEL = 32, WORDS = CHUNK / 2, BLOCK_BYTES = 256 * 1024, BLOCK_ROWS = 128, TOGETHER = 4 };
 
 INLINE int64_t chunks_of(int64_t k) { return (k + CHUNK - 1) / CHUNK; }
 
@@ -354,19 +354,20 @@ void multiply(const Problem& p, const Group& group, int64_t g, int64_t from, int
         for (int64_t row = top; row < bottom; row += PANEL)
             if (!ready || bottom - row < PANEL)
                 pack_rows(p, group, row, least(PANEL, bottom - row), a + (row - top) / PANEL * square);
-        for (int64_t column = 0, panel = 0; column < p.n; column += PANEL, ++panel) {
-            const uint32_t* b = group.packed + panel * group.chunks * WORDS * PANEL;
-            int64_t columns = least(PANEL, p.n - column);
+        for (int64_t first = 0; first < p.n; first += TOGETHER * PANEL)
             for (int64_t row = top; row < bottom; row += PANEL) {
-                alignas(64) Square c;
                 int64_t rows = least(PANEL, bottom - row);
                 Rows left = {a + (row - top) / PANEL * square, CHUNK, CHUNK * CHUNK};
                 if (ready && rows == PANEL) left = {(const element*)p.a.data + row * p.a.stride, p.a.stride, CHUNK};
-                if (p.fold) product(left, b, group.chunks, rows, c);
-                else promoted(p, group, g, left, b, row, rows, column, columns, c);
-                write_out(p, c, base + row, rows, column, columns);
+                for (int64_t column = first; column < least(first + TOGETHER * PANEL, p.n); column += PANEL) {
+                    const uint32_t* b = group.packed + column * group.chunks * WORDS;
+                    alignas(64) Square c;
+                    int64_t columns = least(PANEL, p.n - column);
+                    if (p.fold) product(left, b, group.chunks, rows, c);
+                    else promoted(p, group, g, left, b, row, rows, column, columns, c);
+                    write_out(p, c, base + row, rows, column, columns);
+                }
             }
-        }
     }
 }
 
