@@ -20,17 +20,15 @@ Exit code 1: the sides are not equal (parameters, the loss of the first step), o
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lockstep
+from machine import machine
 from step_figures import Row, compare, inequalities, show, summarise
 
 from tessera.recipe import Recipe, UserError, load_recipe
@@ -173,22 +171,6 @@ def measure(options: argparse.Namespace, names: list[str], threads: int) -> list
     return rows
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on besides the code."""
-    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split("\t: ", 1) for line in facts.splitlines() if "\t: " in line)
-    lines = {key.strip(): value for key, value in lines.items()}
-    numbers = [lines[key] for key in ("cpu family", "model", "stepping") if key in lines]
-    cpu = f"{lines.get('model name', platform.processor())} ({'/'.join(numbers)}), {os.cpu_count()} cores"
-    flags = lines.get("flags", "").split()
-    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    prefixes = ("MALLOC_", "ONEDNN_", "DNNL_", "ATEN_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCHINDUCTOR_")
-    settings = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(prefixes)]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    versions += f", Python {platform.python_version()}"
-    return {"cpu": cpu, "units": " ".join(units), "versions": versions, "environment": " ".join(settings) or "default"}
-
-
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -235,7 +217,7 @@ def main() -> None:
         return
     if options.rounds < 1 or min(options.threads) < 1:
         raise SystemExit("--rounds and --threads must be at least 1")
-    names, facts, rows, wrong = chosen(options.systems), machine(), [], []
+    names, facts, rows, wrong = chosen(options.systems), machine(("torch", "transformers")), [], []
     for threads in options.threads:
         measured = measure(options, names, threads)
         compare(measured)

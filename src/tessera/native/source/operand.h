@@ -7,10 +7,6 @@
 
 #include "fp8.h"
 
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
-
 enum OperandType : int64_t { FROM_FLOAT32, FROM_BFLOAT16, FROM_E4M3, FROM_E5M2 };
 
 // Mirrored by numerics/kernels/native_gemm.py. Tiles and segments are those of numerics/tiles.py; `index` [rows] or null:
@@ -44,32 +40,6 @@ INLINE uint16_t shifted(uint16_t u, uint16_t shift) {
     uint16_t magnitude = u & 0x7FFF;
     return magnitude == 0 || magnitude >= 0x7F80 ? u : (uint16_t)(u + shift);
 }
-
-#if defined(__AVX512BW__)
-
-INLINE __m512i folded(__m512i u, __m512i shift) {
-    __m512i magnitude = _mm512_and_si512(u, _mm512_set1_epi16(0x7FFF));
-    __mmask32 normal = _mm512_cmplt_epu16_mask(
-        _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7F7F));
-    return _mm512_mask_add_epi16(u, normal, u, shift);
-}
-
-// Thirty-two E4M3 codes: a subnormal's value comes from a table, a normal one's bits are moved into place.
-INLINE __m512i e4m3_to_bf16(__m256i codes) {
-    alignas(64) static const uint16_t SUBNORMAL[32] = {  // m * 2^-9
-        0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60};
-    __m512i c = _mm512_cvtepu8_epi16(codes);
-    __m512i magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7F));
-    __m512i v = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-    __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-    v = _mm512_mask_permutexvar_epi16(v, small, c, _mm512_load_si512(SUBNORMAL));
-    __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F));
-    v = _mm512_mask_mov_epi16(v, nan, _mm512_set1_epi16(0x7FC0));
-    __m512i sign = _mm512_slli_epi16(c, 8);
-    return _mm512_ternarylogic_epi64(v, sign, _mm512_set1_epi16((short)0x8000), 0xF8);  // v | (sign & 0x8000)
-}
-
-#endif
 
 // One row of an operand, opened for reading; `shift` [columns] (or null) has the folded scales' exponents.
 struct Row {

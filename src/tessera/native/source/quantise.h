@@ -403,6 +403,14 @@ struct Codes {
     }
     // Values of narrow formats fit BF16 under a power of two, unless it is a very small one.
     ALWAYS_INLINE bool narrow(Row row, int64_t c, int64_t count, u16w& to) const {
+#if defined(__AVX512BW__)
+        uint32_t scale = bits(row.scales[c / TILE]);
+        if (F::M == 3 && count == WIDE && (scale & FRACTION_MASK) == 0 && scale > 27u << 23) {  // above 2^-100
+            __m512i shift = _mm512_set1_epi16((short)((scale >> 16) - 0x3F80));
+            to = (u16w)folded(e4m3_to_bf16(load<__m256i>(row.codes + c)), shift);
+            return true;
+        }
+#endif
         u32v left = bits(count >= LANES ? at(row, c) : part(row, c, count)), right = {};
         if (count == WIDE) right = bits(at(row, c + LANES));
         else if (count > LANES) right = bits(part(row, c + LANES, count - LANES));
