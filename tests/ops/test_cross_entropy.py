@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as exact_loss
 
 import tests.ops.float64 as float64
-from tessera.native import instruction_sets
-from tessera.native.kernel import _function
+from tessera.native import Kernel, instruction_sets
 from tessera.ops.cross_entropy import IGNORED, cross_entropy
 from tests.ops.float64 import BF16, normal
 
@@ -188,7 +187,7 @@ def test_rows_beyond_the_reach_of_32_bits_are_found(kernel: str) -> None:
     last = logits[-columns:]
     last.copy_(normal(1, columns, seed=1)[0])
     targets, loss = torch.full((rows,), 77), torch.zeros(rows)
-    run = _function("cross_entropy_f32", "pipfpp", True, kernel)
+    run = Kernel("cross_entropy_f32", "pipfpp", counts=True)._find(kernel)
     assert run(rows - 1, rows, logits.data_ptr(), columns, targets.data_ptr(), 1.0, loss.data_ptr(), None) == 0
     assert torch.equal(loss[-1:], cross_entropy(last[None], targets[-1:], kernel=kernel))
 

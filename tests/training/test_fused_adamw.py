@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tessera.native import instruction_sets
-from tessera.native.kernel import _function
+from tessera.native import Kernel, instruction_sets
 from tessera.recipe import OptimizerSection
 from tessera.training import fused_adamw
 from tessera.training.fused_adamw import CHUNK, adamw_, gradient_norm
@@ -185,9 +184,9 @@ def test_elements_beyond_the_reach_of_32_bits_are_found(isa: str) -> None:
     for tensor in (master, *moments):
         tensor[-CHUNK:] = 1.0
     last, sums = elements // CHUNK - 1, torch.zeros(elements // CHUNK + 1, dtype=torch.float64)
-    _function("sum_of_squares", "pip", False, isa)(last, last + 1, table.data_ptr(), CHUNK, sums.data_ptr())
+    Kernel("sum_of_squares", "pip")._find(isa)(last, last + 1, table.data_ptr(), CHUNK, sums.data_ptr())
     assert sums[last] == CHUNK and sums.sum() == CHUNK
-    step = _function("adamw_bf16", "pifffffff", False, isa)
+    step = Kernel("adamw_bf16", "pifffffff")._find(isa)
     step(last, last + 1, table.data_ptr(), CHUNK, 1.0, 0.5, 0.5, 0.5, 1.0, -0.25, 0.0)
     assert (master[-CHUNK:] == 0.75).all() and (master[-CHUNK - 9 : -CHUNK] == 0).all()
 
