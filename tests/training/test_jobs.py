@@ -190,7 +190,7 @@ def test_ctrl_c_of_a_terminal_reaches_no_job_not_even_the_first_of_a_program() -
         "from tests.training.test_jobs import is_sigint_blocked",
         "from tessera.training.jobs import Job, run_jobs",
         "jobs = [Job(name, is_sigint_blocked, ()) for name in 'abc']",
-        "print(run_jobs(jobs, 2, print))",
+        "print(sorted(run_jobs(jobs, 2, print).items()))",
     ]
     program = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
-    assert program.stdout == "{'a': True, 'b': True, 'c': True}\n", program.stderr
+    assert program.stdout == "[('a', True), ('b', True), ('c', True)]\n", program.stderr
