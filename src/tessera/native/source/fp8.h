@@ -71,12 +71,6 @@ INLINE uint32_t largest_lane(u32v v) {
 
 INLINE u32v larger(u32v a, u32v b) { return choose(a > b, a, b); }
 
-// Bits of the magnitudes that are finite; zero for the others.
-INLINE u32v finite_magnitude(f32v x) {
-    u32v magnitude = bits(x) & MAGNITUDE;
-    return choose(magnitude < INFINITE, magnitude, u32v{});
-}
-
 // The codes of x under a tile's scale; of elements that are not finite the code is not defined.
 template <typename F>
 INLINE u32v codes_of(f32v x, f32v inverse) {

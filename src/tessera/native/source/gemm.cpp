@@ -73,10 +73,12 @@ INLINE void read_block(
     int64_t tile = whole && !tokens ? tile_of_row(o, r, group) : 0;
     if (tokens || (whole && o.tile_rows != 1 && tile == tile_of_row(o, r + count - 1, group))) {
         const uint8_t* codes = (const uint8_t*)o.data + r * o.stride + c;
-        const float* scales = o.scales + r * o.scale_stride + shifts.column[0];
         __m512i shift = tokens ? __m512i{} : load<__m512i>(shifts.at(tile));
         for (int64_t i = 0; i < count; ++i, codes += o.stride) {
-            if (tokens) shift = _mm512_set1_epi16((short)exponent_shift(scales[i * o.scale_stride]));
+            if (tokens) {
+                float scale = o.scales[(r + i) * o.scale_stride + shifts.column[0]];
+                shift = _mm512_set1_epi16((short)exponent_shift(scale));
+            }
             store(block[i].v, folded(e4m3_to_bf16(load<__m256i>(codes)), shift));
         }
         for (int64_t i = count; i < CHUNK; ++i) block[i] = Chunk{};
@@ -85,8 +87,8 @@ INLINE void read_block(
 #endif
     for (int64_t i = 0; i < count; ++i) {
         const uint16_t* shift = shifts.fold ? shifts.at(tile_of_row(o, r + i, group)) : nullptr;
-        block[i] = width == CHUNK ? read_chunk<TYPE>(open_row(o, r + i).at, c, CHUNK, shift)
-                                  : read_chunk<TYPE>(open_row(o, r + i).at, c, width, shift);
+        block[i] = width == CHUNK ? read_chunk<TYPE>(row_of(o, r + i), c, CHUNK, shift)
+                                  : read_chunk<TYPE>(row_of(o, r + i), c, width, shift);
     }
     for (int64_t i = count; i < CHUNK; ++i) block[i] = Chunk{};
 }

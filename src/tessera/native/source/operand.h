@@ -35,21 +35,15 @@ struct Chunk {
     uint16_t v[CHUNK];
 };
 
-// v * 2^k for values whose bits are `u` (16 of them, k = shift / 128); zeros and NaN stay.
+// v * 2^k for a value of BF16 bits `u` (k = shift / 128); zeros and NaN stay.
 INLINE uint16_t shifted(uint16_t u, uint16_t shift) {
     uint16_t magnitude = u & 0x7FFF;
     return magnitude == 0 || magnitude >= 0x7F80 ? u : (uint16_t)(u + shift);
 }
 
-// One row of an operand, opened for reading; `shift` [columns] (or null) has the folded scales' exponents.
-struct Row {
-    const uint8_t* at;
-    int64_t type;
-};
-
-INLINE Row open_row(const Operand& o, int64_t r) {
+INLINE const uint8_t* row_of(const Operand& o, int64_t r) {
     int64_t size = o.type == FROM_FLOAT32 ? 4 : o.type == FROM_BFLOAT16 ? 2 : 1;
-    return {(const uint8_t*)o.data + (o.index ? o.index[r] : r) * o.stride * size, o.type};
+    return (const uint8_t*)o.data + (o.index ? o.index[r] : r) * o.stride * size;
 }
 
 // Columns [c, c + count) as BF16, zero from `count` on; `shift` points at the exponents of column c, or is null.
