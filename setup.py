@@ -19,7 +19,8 @@ from setuptools.errors import CompileError, LinkError
 SOURCE = Path("src/tessera/native/source")
 IN_PLACE = SOURCE.parent / "kernels.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
-FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own header
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12, of its own headers
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 SETS = {  # instruction sets and their flags; features.cpp finds what the machine has
     "portable": [],

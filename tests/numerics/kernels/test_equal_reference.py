@@ -80,6 +80,16 @@ def test_codes_are_right_at_every_value_midpoint_and_neighbour(
     assert_quantises_as_the_law(kernel, x[:24] * 3.0, Layout(VECTOR), format, mode, rounding)
 
 
+@pytest.mark.parametrize("exponent", [60, -50, -61, -64, -67, -110, -118])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_float32_ties_are_broken_by_their_last_bits_in_every_tile(kernel: Any, format: str, exponent: int) -> None:
+    # Powers of two are coded in 16 bits where nothing is lost by it, which ends near tiles of 2^-60.
+    x = oracle.borders(format) * 2.0**exponent
+    assert_quantises_as_the_law(kernel, x, Layout(VECTOR), format)
+    assert_quantises_as_the_law(kernel, x.T.contiguous(), Layout(COLUMN), format)
+    assert_quantises_as_the_law(kernel, x, Layout(BLOCK), format)
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)

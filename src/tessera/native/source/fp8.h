@@ -20,17 +20,23 @@ struct Scale {
     float scale, inverse;
 };
 
-// The scale of a tile whose largest finite magnitude has the bits `amax`; 1 for an empty tile or one of zeros.
-// Powers of two from the bits: the smallest one with amax <= largest * scale, at least 2^-126.
+// The biased exponent of the power of two for a tile whose largest finite magnitude has the bits `amax`: the smallest one
+// with amax <= largest * scale, at least 2^-126; 2^0 for a tile of zeros.
+template <typename F>
+INLINE int32_t scale_exponent(uint32_t amax) {
+    // Where amax's fraction is above that of the largest value, the sum carries into the exponent.
+    int32_t exponent = (int32_t)((amax + (FRACTION_MASK - (F::LARGEST & FRACTION_MASK))) >> 23);
+    exponent -= (int32_t)(F::LARGEST >> 23) - 127;
+    exponent = exponent < 1 ? 1 : exponent;
+    return amax ? exponent : 127;
+}
+
+// The scale of such a tile.
 template <typename F>
 INLINE Scale scale_of(uint32_t amax, bool power_of_two) {
-    if (amax == 0) return {1.0f, 1.0f};
-    // Where amax's fraction is above that of the largest value, the sum carries into the exponent.
-    int64_t exponent = (int64_t)((amax + (FRACTION_MASK - (F::LARGEST & FRACTION_MASK))) >> 23);
-    exponent -= (int64_t)(F::LARGEST >> 23) - 127;
-    if (exponent < 1) exponent = 1;
+    int32_t exponent = scale_exponent<F>(amax);
     Scale found = {from_bits((uint32_t)exponent << 23), from_bits((uint32_t)(254 - exponent) << 23)};
-    if (power_of_two) return found;
+    if (power_of_two || amax == 0) return found;
     float scale = from_bits(amax) / from_bits(F::LARGEST);
     float inverse = 1.0f / scale;
     return (bits(inverse) & MAGNITUDE) < INFINITE ? Scale{scale, inverse} : found;
@@ -63,13 +69,58 @@ INLINE f32v decode(u32v code) {
     return from_bits(value | ((code & (1u << F::SIGN_SHIFT)) << (31 - F::SIGN_SHIFT)));
 }
 
+#if defined(__AVX2__)
+
+// The two halves of a register; GCC warns of the extraction without a mask.
+#if defined(__AVX512F__)
+INLINE __m256i lower_half(__m512i v) { return _mm512_castsi512_si256(v); }
+INLINE __m256i upper_half(__m512i v) { return _mm512_maskz_extracti64x4_epi64(0xF, v, 1); }
+#endif
+INLINE __m128i lower_half(__m256i v) { return _mm256_castsi256_si128(v); }
+INLINE __m128i upper_half(__m256i v) { return _mm256_extracti128_si256(v, 1); }
+
+INLINE uint32_t largest_lane(u32v v) {
+#if defined(__AVX512F__)
+    __m256i halves[2];  // GCC warns of the extraction of a maximum
+    memcpy(halves, &v, sizeof v);
+    __m256i half = _mm256_max_epu32(halves[0], halves[1]);
+#else
+    __m256i half = (__m256i)v;
+#endif
+    __m128i four = _mm_max_epu32(lower_half(half), upper_half(half));
+    __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xB1)));
+}
+
+INLINE uint16_t largest_lane(u16w v) {
+#if defined(__AVX512BW__)
+    __m256i half = _mm256_max_epu16(lower_half((__m512i)v), upper_half((__m512i)v));
+#else
+    __m256i half = (__m256i)v;
+#endif
+    __m128i eight = _mm_max_epu16(lower_half(half), upper_half(half));
+    __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi32(-1)));  // of the complements
+    return (uint16_t)~_mm_cvtsi128_si32(least);
+}
+
+#else
+
 INLINE uint32_t largest_lane(u32v v) {
     uint32_t most = 0;
     for (int i = 0; i < LANES; ++i) most = v[i] > most ? v[i] : most;
     return most;
 }
 
+INLINE uint16_t largest_lane(u16w v) {
+    uint16_t most = 0;
+    for (int i = 0; i < WIDE; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+#endif
+
 INLINE u32v larger(u32v a, u32v b) { return choose(a > b, a, b); }
+INLINE u16w larger(u16w a, u16w b) { return choose(a > b, a, b); }
 
 // The codes of x under a tile's scale; of elements that are not finite the code is not defined.
 template <typename F>
@@ -86,23 +137,37 @@ template <typename F>
 struct Narrow {
     uint16_t smallest, moved;  // magnitude of the smallest value with a normal code; what to subtract from codes
 
-    static ALWAYS_INLINE Narrow of(float scale) {
-        int32_t k = (int32_t)(bits(scale) >> 23) - 127, first = k + 128 - F::BIAS;
+    static ALWAYS_INLINE Narrow of(int32_t exponent) {  // biased, of the scale
+        int32_t first = exponent + 1 - F::BIAS;
         // Below 2^-126 a BF16 number is itself subnormal and has no exponent to move.
-        return {(uint16_t)((first < 1 ? 1 : first) << 7), (uint16_t)((k + 127 - F::BIAS) * (1 << F::M))};
+        return {(uint16_t)((first < 1 ? 1 : first) << 7), (uint16_t)((exponent - F::BIAS) * (1 << F::M))};
     }
 };
 
-// True when all lanes have normal codes; `code` has them then, with their signs.
+// True when all lanes are zero or have normal codes; `code` has them then, with their signs.
 template <typename F>
 INLINE bool encode_narrow(u16w x, u16w smallest, u16w moved, u8w& code) {
     constexpr int DROPPED = 7 - F::M;
+#if defined(__AVX512BW__)
+    __m512i v = (__m512i)x, magnitude = _mm512_and_si512(v, _mm512_set1_epi16(0x7FFF));
+    __mmask32 present = _mm512_test_epi16_mask(magnitude, magnitude);
+    __mmask32 small = _mm512_mask_cmplt_epi16_mask(present, magnitude, (__m512i)smallest);
+    __m512i last = _mm512_and_si512(_mm512_srli_epi16(magnitude, DROPPED), _mm512_set1_epi16(1));
+    __m512i half = _mm512_add_epi16(magnitude, _mm512_set1_epi16((1 << (DROPPED - 1)) - 1));
+    __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(half, last), DROPPED);
+    __m512i narrow = _mm512_maskz_sub_epi16(present, rounded, (__m512i)moved);
+    // narrow | (v >> 8 & 0x80)
+    narrow = _mm512_ternarylogic_epi32(narrow, _mm512_srli_epi16(v, 8), _mm512_set1_epi16(0x80), 0xF8);
+    code = (u8w)_mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, narrow);
+    return small == 0;
+#else
     u16w magnitude = x & 0x7FFF;
-    i16w small = (i16w)magnitude < (i16w)smallest;
+    i16w zero = magnitude == 0, small = (i16w)magnitude < (i16w)smallest;
     u16w rounded = (magnitude + (uint16_t)((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)) >> DROPPED;
-    u16w narrow = (rounded - moved) | ((x >> 8) & 0x80);
+    u16w narrow = ((rounded - moved) & (u16w)~zero) | ((x >> 8) & 0x80);
     code = __builtin_convertvector(narrow, u8w);
-    return !any(small);
+    return !any(small & ~zero);
+#endif
 }
 
 #if defined(__AVX512BW__)

@@ -1,8 +1,9 @@
 // Quantising the tiles of a matrix: amax, scale and cast of each in one visit, from whatever gives its rows.
 //
 // A source has row(r), what of row r its other members need; at(row, c), LANES values from column c on; part(row, c,
-// count), fewer, with zeros behind; one(row, c), for tiles one row high; BF16, whether values fit that type, and then
-// narrow(row, c, count, to), up to WIDE of them.
+// count), fewer, with zeros behind; one(row, c), for tiles one row high; narrow(row, c, count), up to WIDE values as
+// 16 bits each (to_odd), zeros behind; BF16, whether those are the values themselves; ahead(row, c), a hint
+// that NARROW_STRIP columns from c on are read soon.
 #pragma once
 
 #include "fp8.h"
@@ -10,7 +11,30 @@
 
 namespace {
 
-enum { TILE = 128, STRIP = 64 };  // STRIP: columns that a tile 128 rows high is worked on at once, float32 in cache
+// Columns that tiles 128 rows high are worked on at once: what fits the nearest cache as float32, and what fits the next
+// one in 16 bits, where a row is long enough for memory to be read in one go.
+enum { TILE = 128, STRIP = 64, NARROW_STRIP = 128 };
+
+// The upper 16 bits of float32 values, the last of them set where any of the lower ones is. A code has so few bits that
+// rounding these gives what rounding the value gives: rounding to odd before rounding to nearest is exact where two bits
+// more are kept (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008). Comparisons with numbers of
+// at most 15 bits come out the same as well.
+INLINE u16w to_odd(f32v left, f32v right) {
+#if defined(__AVX512BW__)
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                           23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i lower = _mm512_sub_epi16(upper, _mm512_set1_epi16(1));
+    __m512i high = _mm512_permutex2var_epi16((__m512i)left, upper, (__m512i)right);
+    __m512i low = _mm512_permutex2var_epi16((__m512i)left, lower, (__m512i)right);
+    __mmask32 inexact = _mm512_test_epi16_mask(low, low);
+    return (u16w)_mm512_or_si512(high, _mm512_maskz_set1_epi16(inexact, 1));
+#else
+    u32v a = bits(left), b = bits(right);
+    a = a >> 16 | ((u32v)((a & 0xFFFF) != 0) & 1);
+    b = b >> 16 | ((u32v)((b & 0xFFFF) != 0) & 1);
+    return join(a, b);
+#endif
+}
 
 // What is read: `rows` of float32 or BF16, row `index[r]` in place of r where an index is given.
 template <typename T>
@@ -24,12 +48,20 @@ struct Values {
     ALWAYS_INLINE f32v at(const T* row, int64_t c) const { return read(row + c); }
     ALWAYS_INLINE f32v part(const T* row, int64_t c, int64_t count) const { return read_part(row + c, count); }
     ALWAYS_INLINE float one(const T* row, int64_t c) const { return widened(row[c]); }
-    // WIDE columns as BF16; false where the type has more bits than that.
-    ALWAYS_INLINE bool narrow(const T* row, int64_t c, int64_t count, u16w& to) const {
-        if (sizeof(T) != 2) return false;
-        if (count == WIDE) to = load<u16w>(row + c);
-        else memcpy(&(to = u16w{}), row + c, 2 * (size_t)count);
-        return true;
+    ALWAYS_INLINE u16w narrow(const T* row, int64_t c, int64_t count) const { return narrow_of(row + c, count); }
+    ALWAYS_INLINE void ahead(const T* row, int64_t c) const {
+        for (int64_t i = 0; i < NARROW_STRIP; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c + i);
+    }
+    static ALWAYS_INLINE u16w narrow_of(const bf16* x, int64_t count) {
+        u16w v = {};
+        if (count == WIDE) v = load<u16w>(x);
+        else memcpy(&v, x, 2 * (size_t)count);
+        return v;
+    }
+    static ALWAYS_INLINE u16w narrow_of(const float* x, int64_t count) {
+        if (count == WIDE) return to_odd(read(x), read(x + LANES));
+        if (count <= LANES) return to_odd(count == LANES ? read(x) : read_part(x, count), f32v{});
+        return to_odd(read(x), read_part(x + LANES, count - LANES));
     }
     static ALWAYS_INLINE float widened(float x) { return x; }
     static ALWAYS_INLINE float widened(bf16 x) { return from_bf16(x); }
@@ -78,7 +110,7 @@ int64_t spoil(uint8_t* codes, int64_t column) {
     return 1;
 }
 
-// Codes of WIDE elements in BF16. `smallest` and `moved` are those of Narrow, by column; `inverse` points at theirs.
+// Codes of WIDE elements in 16 bits. `smallest` and `moved` are those of Narrow, by column; `inverse` points at theirs.
 template <typename F>
 INLINE u8w codes_of_narrow(u16w x, u16w smallest, u16w moved, const float* inverse) {
     u8w code;
@@ -91,30 +123,35 @@ INLINE u8w codes_of_narrow(u16w x, u16w smallest, u16w moved, const float* inver
     return load<u8w>(codes);
 }
 
-INLINE uint16_t largest_narrow(u16w v) {
-    uint16_t most = 0;
-    for (int i = 0; i < WIDE; ++i) most = v[i] > most ? v[i] : most;
-    return most;
+// True where codes of 16-bit values are those of the values: no element is infinite or NaN, and where bits were dropped
+// (to_odd) the tile's steps are far above what subnormal numbers lose. `amax` has the upper bits of a float32.
+template <typename S>
+INLINE bool narrow_enough(uint16_t amax) {
+    return amax < INFINITE >> 16 && (S::BF16 || amax == 0 || amax >= (127 - 60) << 7);
 }
 
-// One tile of one row in BF16 under a power of two, its width a multiple of WIDE; false where an element is not finite.
-template <typename F>
-INLINE bool quantise_narrow_tile(const uint16_t* x, int64_t width, uint8_t* codes, float* scale) {
+// One tile of one row under a power of two; false where it cannot be done in 16 bits.
+template <typename F, typename S>
+INLINE bool quantise_narrow_tile(
+    S source, decltype(source.row(0)) x, int64_t from, int64_t to, uint8_t* codes, float* scale) {
     u16w most = {};
-    for (int64_t c = 0; c < width; c += WIDE) {
-        u16w magnitude = load<u16w>(x + c) & 0x7FFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    uint32_t amax = (uint32_t)largest_narrow(most) << 16;
-    if (amax >= INFINITE) return false;
-    Scale s = scale_of<F>(amax, true);
-    *scale = s.scale;
-    Narrow<F> n = Narrow<F>::of(s.scale);
+    int64_t c = from;
+    for (; c + WIDE <= to; c += WIDE) most = larger(most, source.narrow(x, c, WIDE) & 0x7FFF);
+    if (c < to) most = larger(most, source.narrow(x, c, to - c) & 0x7FFF);
+    uint16_t amax = largest_lane(most);
+    if (!narrow_enough<S>(amax)) return false;
+    int32_t exponent = scale_exponent<F>((uint32_t)amax << 16);
+    *scale = from_bits((uint32_t)exponent << 23);
+    Narrow<F> n = Narrow<F>::of(exponent);
     u16w smallest = u16w{} + n.smallest, moved = u16w{} + n.moved;
     float inverse[WIDE];
-    for (int i = 0; i < WIDE; ++i) inverse[i] = s.inverse;
-    for (int64_t c = 0; c < width; c += WIDE)
-        store(codes + c, codes_of_narrow<F>(load<u16w>(x + c), smallest, moved, inverse));
+    for (int i = 0; i < WIDE; ++i) inverse[i] = from_bits((uint32_t)(254 - exponent) << 23);
+    for (c = from; c + WIDE <= to; c += WIDE)
+        store(codes + c, codes_of_narrow<F>(source.narrow(x, c, WIDE), smallest, moved, inverse));
+    if (c < to) {
+        u8w code = codes_of_narrow<F>(source.narrow(x, c, to - c), smallest, moved, inverse);
+        memcpy(codes + c, &code, (size_t)(to - c));
+    }
     return true;
 }
 
@@ -129,8 +166,7 @@ int64_t quantise_row(
         int64_t end = start + segment, width = tile ? tile : segment;
         for (int64_t from = start; from < end; from += width) {
             int64_t to = from + width < end ? from + width : end;
-            if (S::BF16 && F::M != 6 && power_of_two && (to - from) % WIDE == 0 &&
-                quantise_narrow_tile<F>((const uint16_t*)source.row(r) + from, to - from, codes + from, scales + next)) {
+            if (F::M != 6 && power_of_two && quantise_narrow_tile<F>(source, x, from, to, codes, scales + next)) {
                 ++next;
                 continue;
             }
@@ -223,77 +259,77 @@ int64_t encode_strip(const Strip& s, const float* inverse, uint8_t* codes, int64
     return nonfinite;
 }
 
-// The same in BF16.
+// The same in 16 bits.
 struct NarrowStrip {
-    uint16_t value[TILE][STRIP], amax[STRIP];
+    uint16_t value[TILE][NARROW_STRIP], amax[NARROW_STRIP];
 };
 
-// False where the values do not fit BF16 or are not finite.
+// False where a column cannot be done in 16 bits. `more` columns behind the strip are its successor's.
 template <typename S>
-INLINE bool fill_narrow(NarrowStrip& s, S source, int64_t top, int64_t bottom, int64_t from, int64_t count) {
-    u16w most[STRIP / WIDE] = {};
+bool fill_narrow(NarrowStrip& s, S source, int64_t top, int64_t bottom, int64_t from, int64_t count, int64_t more) {
+    u16w most[NARROW_STRIP / WIDE] = {};
     for (int64_t r = top; r < bottom; ++r) {
         auto x = source.row(r);
-        for (int64_t i = 0; i < STRIP / WIDE; ++i) {
-            int64_t left = count - i * WIDE;
-            u16w v = {};
-            if (left > 0 && !source.narrow(x, from + i * WIDE, left < WIDE ? left : WIDE, v)) return false;
-            u16w magnitude = v & 0x7FFF;
-            most[i] = magnitude > most[i] ? magnitude : most[i];
+        if (more > 0) source.ahead(x, from + count);
+        for (int64_t i = 0, left = count; i < NARROW_STRIP / WIDE; ++i, left -= WIDE) {
+            u16w v = left > 0 ? source.narrow(x, from + i * WIDE, left < WIDE ? left : WIDE) : u16w{};
+            most[i] = larger(most[i], v & 0x7FFF);
             store(&s.value[r - top][i * WIDE], v);
         }
     }
-    u16w all = {};
-    for (int64_t i = 0; i < STRIP / WIDE; ++i) {
-        store(&s.amax[i * WIDE], most[i]);
-        all = most[i] > all ? most[i] : all;
-    }
-    return largest_narrow(all) < INFINITE >> 16;
+    for (int64_t i = 0; i < NARROW_STRIP / WIDE; ++i) store(&s.amax[i * WIDE], most[i]);
+    bool enough = true;
+    for (int64_t c = 0; c < count; ++c) enough &= narrow_enough<S>(s.amax[c]);
+    return enough;
 }
 
+// Codes and scales of a strip, of tiles `width` columns wide.
 template <typename F>
 void encode_narrow_strip(
-    const NarrowStrip& s, int64_t height, int64_t count, uint8_t* codes, int64_t code_stride, float* scales) {
-    alignas(64) uint16_t smallest[STRIP], moved[STRIP];
-    float inverse[STRIP];
-    for (int64_t c = 0; c < STRIP; ++c) {
-        Scale found = scale_of<F>((uint32_t)s.amax[c] << 16, true);
-        Narrow<F> n = Narrow<F>::of(found.scale);
-        inverse[c] = found.inverse, smallest[c] = n.smallest, moved[c] = n.moved;
-        if (c < count) scales[c] = found.scale;
+    const NarrowStrip& s, int64_t height, int64_t count, int64_t width, uint8_t* codes, int64_t code_stride,
+    float* scales) {
+    alignas(64) uint16_t smallest[NARROW_STRIP], moved[NARROW_STRIP];
+    float scale[NARROW_STRIP], inverse[NARROW_STRIP];
+    uint32_t amax[NARROW_STRIP];
+    for (int64_t c = 0; c < NARROW_STRIP; ++c) amax[c] = (uint32_t)s.amax[c] << 16;
+    if (width != 1) {
+        uint32_t most = 0;
+        for (int64_t c = 0; c < NARROW_STRIP; ++c) most = amax[c] > most ? amax[c] : most;
+        for (int64_t c = 0; c < NARROW_STRIP; ++c) amax[c] = most;
     }
-    for (int64_t i = 0; i < count; i += WIDE) {
-        u16w least = load<u16w>(smallest + i), shift = load<u16w>(moved + i);
-        uint8_t* to = codes + i;
+    for (int64_t c = 0; c < NARROW_STRIP; ++c) {
+        int32_t exponent = scale_exponent<F>(amax[c]);
+        Narrow<F> n = Narrow<F>::of(exponent);
+        smallest[c] = n.smallest, moved[c] = n.moved;
+        scale[c] = from_bits((uint32_t)exponent << 23), inverse[c] = from_bits((uint32_t)(254 - exponent) << 23);
+    }
+    memcpy(scales, scale, sizeof(float) * (size_t)(width == 1 ? count : 1));
+    for (int64_t c = 0; c < count; c += WIDE) {
+        u16w least = load<u16w>(smallest + c), shift = load<u16w>(moved + c);
+        uint8_t* to = codes + c;
         for (int64_t r = 0; r < height; ++r, to += code_stride) {
-            u8w code = codes_of_narrow<F>(load<u16w>(&s.value[r][i]), least, shift, inverse + i);
-            if (count - i >= WIDE) store(to, code);
-            else memcpy(to, &code, (size_t)(count - i));
+            __builtin_prefetch(to + NARROW_STRIP, 1);  // the next strip's
+            u8w code = codes_of_narrow<F>(load<u16w>(&s.value[r][c]), least, shift, inverse + c);
+            if (count - c >= WIDE) store(to, code);
+            else memcpy(to, &code, (size_t)(count - c));
         }
     }
 }
 
-// 128 x 1: a scale a column.
+// 128 x 1, columns [from, end): a scale a column.
 template <typename F, typename S>
 int64_t quantise_columns(
-    S source, int64_t top, int64_t bottom, int64_t columns, bool power_of_two, uint8_t* codes, float* scales) {
-    union {
-        Strip s;
-        NarrowStrip narrow;
-    };
+    S source, int64_t top, int64_t bottom, int64_t from, int64_t end, int64_t columns, bool power_of_two, uint8_t* codes,
+    float* scales) {
+    Strip s;
     int64_t nonfinite = 0;
-    for (int64_t from = 0; from < columns; from += STRIP) {
-        int64_t count = columns - from < STRIP ? columns - from : STRIP;
-        if (power_of_two && S::BF16 && fill_narrow(narrow, source, top, bottom, from, count)) {
-            encode_narrow_strip<F>(narrow, bottom - top, count, codes + top * columns + from, columns, scales + from);
-            continue;
-        }
-        fill(s, source, top, bottom, from, count);
+    for (; from < end; from += STRIP, scales += STRIP) {
+        fill(s, source, top, bottom, from, end - from < STRIP ? end - from : STRIP);
         float inverse[STRIP];
         for (int64_t c = 0; c < s.count; ++c) {
             Scale found = scale_of<F>(s.amax[c], power_of_two);
             inverse[c] = found.inverse;
-            scales[from + c] = found.scale;
+            scales[c] = found.scale;
         }
         for (int64_t c = s.count; c < STRIP; ++c) inverse[c] = 0;
         nonfinite += encode_strip<F>(s, inverse, codes + top * columns + from, columns);
@@ -301,28 +337,48 @@ int64_t quantise_columns(
     return nonfinite;
 }
 
-// 128 x 128: the two strips of a tile share a scale; tiles restart every `segment` columns.
+// 128 x 128, the same: the two strips of a tile share a scale.
 template <typename F, typename S>
 int64_t quantise_blocks(
-    S source, int64_t top, int64_t bottom, int64_t columns, int64_t segment, bool power_of_two, uint8_t* codes,
+    S source, int64_t top, int64_t bottom, int64_t from, int64_t end, int64_t columns, bool power_of_two, uint8_t* codes,
     float* scales) {
     Strip s[TILE / STRIP];
-    int64_t nonfinite = 0, next = 0;
+    int64_t nonfinite = 0;
+    for (; from < end; from += TILE) {
+        int64_t to = from + TILE < end ? from + TILE : end, strips = 0;
+        uint32_t amax = 0;
+        for (int64_t c = from; c < to; c += STRIP, ++strips) {
+            Strip& one = s[strips];
+            fill(one, source, top, bottom, c, to - c < STRIP ? to - c : STRIP);
+            for (int64_t i = 0; i < one.count; ++i) amax = one.amax[i] > amax ? one.amax[i] : amax;
+        }
+        Scale found = scale_of<F>(amax, power_of_two);
+        *scales++ = found.scale;
+        float inverse[STRIP];
+        for (int c = 0; c < STRIP; ++c) inverse[c] = found.inverse;
+        for (int64_t i = 0; i < strips; ++i)
+            nonfinite += encode_strip<F>(s[i], inverse, codes + top * columns + from + i * STRIP, columns);
+    }
+    return nonfinite;
+}
+
+// A row of tiles 128 rows high and 1 or 128 columns wide; they restart every `segment` columns.
+template <typename F, typename S>
+int64_t quantise_tile_row(
+    S source, int64_t top, int64_t bottom, int64_t columns, int64_t width, int64_t segment, bool power_of_two,
+    uint8_t* codes, float* scales) {
+    NarrowStrip narrow;
+    int64_t nonfinite = 0;
     for (int64_t start = 0; start < columns; start += segment)
-        for (int64_t from = start; from < start + segment; from += TILE) {
-            int64_t end = from + TILE < start + segment ? from + TILE : start + segment, strips = 0;
-            uint32_t amax = 0;
-            for (int64_t c = from; c < end; c += STRIP, ++strips) {
-                Strip& one = s[strips];
-                fill(one, source, top, bottom, c, end - c < STRIP ? end - c : STRIP);
-                for (int64_t i = 0; i < one.count; ++i) amax = one.amax[i] > amax ? one.amax[i] : amax;
-            }
-            Scale found = scale_of<F>(amax, power_of_two);
-            scales[next++] = found.scale;
-            float inverse[STRIP];
-            for (int c = 0; c < STRIP; ++c) inverse[c] = found.inverse;
-            for (int64_t i = 0; i < strips; ++i)
-                nonfinite += encode_strip<F>(s[i], inverse, codes + top * columns + from + i * STRIP, columns);
+        for (int64_t from = start; from < start + segment; from += NARROW_STRIP) {
+            int64_t end = from + NARROW_STRIP < start + segment ? from + NARROW_STRIP : start + segment;
+            if (power_of_two && fill_narrow(narrow, source, top, bottom, from, end - from, columns - end))
+                encode_narrow_strip<F>(narrow, bottom - top, end - from, width, codes + top * columns + from, columns, scales);
+            else if (width == 1)
+                nonfinite += quantise_columns<F>(source, top, bottom, from, end, columns, power_of_two, codes, scales);
+            else
+                nonfinite += quantise_blocks<F>(source, top, bottom, from, end, columns, power_of_two, codes, scales);
+            scales += (end - from + width - 1) / width;
         }
     return nonfinite;
 }
@@ -370,10 +426,9 @@ int64_t run_tall(
         float* to = scales + tile * scale_stride;
         if (top == bottom) {  // no group reaches this row of the scales
             for (int64_t i = 0; i < scale_stride; ++i) to[i] = 1.0f;
-        } else if (tile_columns == 1) {
-            nonfinite += quantise_columns<F>(source, top, bottom, columns, power_of_two, codes, to);
         } else {
-            nonfinite += quantise_blocks<F>(source, top, bottom, columns, column_segment, power_of_two, codes, to);
+            nonfinite += quantise_tile_row<F>(
+                source, top, bottom, columns, tile_columns, column_segment, power_of_two, codes, to);
         }
     });
     return nonfinite;
@@ -382,7 +437,7 @@ int64_t run_tall(
 // Codes of 1 x 128 (or 1 x segment) tiles, read through an index, as values: what a re-quantiser starts from.
 template <typename F>
 struct Codes {
-    static constexpr bool BF16 = true;
+    static constexpr bool BF16 = false;
     const uint8_t* codes;
     const float* scales;
     const int64_t* index;
@@ -401,21 +456,21 @@ struct Codes {
     ALWAYS_INLINE f32v part(Row row, int64_t c, int64_t count) const {
         return decode<F>(read_codes<F>(row.codes, c, count)) * splat(row.scales[c / TILE]);
     }
-    // Values of narrow formats fit BF16 under a power of two, unless it is a very small one.
-    ALWAYS_INLINE bool narrow(Row row, int64_t c, int64_t count, u16w& to) const {
+    ALWAYS_INLINE u16w narrow(Row row, int64_t c, int64_t count) const {
 #if defined(__AVX512BW__)
         uint32_t scale = bits(row.scales[c / TILE]);
         if (F::M == 3 && count == WIDE && (scale & FRACTION_MASK) == 0 && scale > 27u << 23) {  // above 2^-100
             __m512i shift = _mm512_set1_epi16((short)((scale >> 16) - 0x3F80));
-            to = (u16w)folded(e4m3_to_bf16(load<__m256i>(row.codes + c)), shift);
-            return true;
+            return (u16w)folded(e4m3_to_bf16(load<__m256i>(row.codes + c)), shift);
         }
 #endif
-        u32v left = bits(count >= LANES ? at(row, c) : part(row, c, count)), right = {};
-        if (count == WIDE) right = bits(at(row, c + LANES));
-        else if (count > LANES) right = bits(part(row, c + LANES, count - LANES));
-        to = join(left >> 16, right >> 16);
-        return largest_lane((left | right) & 0xFFFF) == 0;
+        f32v left = count >= LANES ? at(row, c) : part(row, c, count), right = {};
+        if (count == WIDE) right = at(row, c + LANES);
+        else if (count > LANES) right = part(row, c + LANES, count - LANES);
+        return to_odd(left, right);
+    }
+    ALWAYS_INLINE void ahead(Row row, int64_t c) const {
+        for (int64_t i = 0; i < NARROW_STRIP; i += 64) __builtin_prefetch(row.codes + c + i);
     }
 };
 

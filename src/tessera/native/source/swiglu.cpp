@@ -69,7 +69,13 @@ struct Product {
     }
     ALWAYS_INLINE f32v at(const Row& row, int64_t j) const { return get(row, j, Whole{}); }
     ALWAYS_INLINE f32v part(const Row& row, int64_t j, int64_t count) const { return get(row, j, Part{count}); }
-    ALWAYS_INLINE bool narrow(const Row&, int64_t, int64_t, u16w&) const { return false; }
+    ALWAYS_INLINE u16w narrow(const Row& row, int64_t j, int64_t count) const {
+        f32v left = count >= LANES ? at(row, j) : part(row, j, count), right = {};
+        if (count == WIDE) right = at(row, j + LANES);
+        else if (count > LANES) right = part(row, j + LANES, count - LANES);
+        return to_odd(left, right);
+    }
+    ALWAYS_INLINE void ahead(const Row&, int64_t) const {}
 };
 
 template <typename T>
