@@ -47,6 +47,27 @@ def test_an_instruction_set_that_is_not_there_is_refused_by_name(monkeypatch: py
     native.require("portable")
 
 
+def _in_a_new_process(limit: str) -> subprocess.CompletedProcess[str]:
+    """What `instruction_sets`, `available` and `problem` say where the variable has this value."""
+    code = "from tessera import native; print(native.instruction_sets(), native.available(), native.problem())"
+    environment = os.environ | {library.LIMIT: limit}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_a_variable_limits_the_instruction_set_or_turns_the_kernels_off() -> None:
+    if native.problem():
+        pytest.skip(native.problem())
+    best = native.instruction_sets()
+    for isa in best:
+        expected = best[best.index(isa) :]
+        assert _in_a_new_process(isa).stdout.strip() == f"{expected} True"
+    assert "() False TESSERA_MAX_ISA is none" in _in_a_new_process("none").stdout
+    wrong = _in_a_new_process("sse9")
+    assert (
+        wrong.returncode != 0 and f"TESSERA_MAX_ISA is 'sse9'; here it may be {', '.join(best)} or none" in wrong.stderr
+    )
+
+
 def test_the_portable_set_is_always_there_and_comes_last() -> None:
     if native.problem():
         pytest.skip(native.problem())

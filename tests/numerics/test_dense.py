@@ -105,3 +105,18 @@ def test_the_products_of_a_fixed_weight_are_torch_operators_and_equal_the_plain_
     owed = into + start
     dense.add_wgrad(dy, x, start, add=True)
     assert torch.equal(start, owed)
+
+
+@pytest.mark.parametrize("columns", [8192, 8200, 8208])
+def test_a_large_result_has_the_bits_of_its_parts(columns: int) -> None:
+    """Large float32 results are written past the cache, where their rows lie on lines of it; small ones are not."""
+    if not native.available():
+        pytest.skip(native.problem())
+    a, b = normal(163, 48, dtype=torch.bfloat16), normal(columns, 48, seed=1, dtype=torch.bfloat16)
+    whole = dense.matmul("fprop", a, b, None, torch.float32)
+    parts = [
+        dense.matmul("fprop", a[rows], b, None, torch.float32)
+        for rows in (slice(0, 32), slice(32, 101), slice(101, 163))
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    assert relative_norm(whole, a.double() @ b.double().t()) < 1e-6

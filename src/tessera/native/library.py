@@ -1,7 +1,8 @@
 """Finding and opening the compiled kernels, and what this machine can run of them."""
 
 import ctypes
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,9 @@ VERSION = 1  # of the C interface; source/features.cpp has the same number
 PATH = Path(__file__).parent / "kernels.so"
 # From the best to the one that always runs, with the bit of source/features.cpp that says the machine has it.
 SETS = {"amx": 8, "avx512_bf16": 4, "avx512": 2, "avx2": 1, "portable": 0}
+# An environment variable: the best set that may be used, to see what another machine does, or "none", as if nothing
+# had been built.
+LIMIT = "TESSERA_MAX_ISA"
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,16 @@ class Library:
 
 @cache
 def library() -> Library:
-    """The library, opened once in a process."""
-    return opened(PATH)
+    """The library, opened once in a process. Raises ValueError where LIMIT names nothing this machine has."""
+    limit = os.environ.get(LIMIT, "")
+    if limit == "none":
+        return Library(None, f"{LIMIT} is none: the native kernels are not used", ())
+    found = opened(PATH)
+    if not limit or found.handle is None:
+        return found
+    if limit not in found.sets:
+        raise ValueError(f"{LIMIT} is {limit!r}; here it may be {', '.join(found.sets)} or none")
+    return replace(found, sets=found.sets[found.sets.index(limit) :])
 
 
 def opened(path: Path) -> Library:

@@ -11,7 +11,7 @@
 
 #include <stdlib.h>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -328,10 +328,27 @@ INLINE void write_whole_rows(const Square& c, int64_t rows, bf16* to, int64_t st
 }
 #endif
 
+// A large result is gone from the cache before anybody reads it, and its rows lie so far apart that a square's fall on the
+// same few lines of it: whole lines are written past it. False where this one is not.
+INLINE bool wrote_past_cache(const Problem& p, const Square& c, int64_t rows, int64_t columns, int64_t at) {
+#if defined(__AVX512F__)
+    enum { LARGE = 1 << 20 };  // elements
+    float* to = (float*)p.out + at;
+    if (p.out_type != OUT_FLOAT32 || p.kind == WGRAD || p.m * p.n < LARGE || columns != PANEL) return false;
+    if ((uintptr_t)to % 64 || p.out_stride % 16) return false;
+    for (int64_t i = 0; i < rows; ++i, to += p.out_stride)
+        for (int j = 0; j < PANEL; j += 16) _mm512_stream_ps(to + j, _mm512_load_ps(c[i] + j));
+    return true;
+#else
+    return false;
+#endif
+}
+
 INLINE void write_out(const Problem& p, const Square& c, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     int64_t at = row * p.out_stride + column;
     if (p.out_type == OUT_BFLOAT16 && columns == PANEL) write_whole_rows(c, rows, (bf16*)p.out + at, p.out_stride);
     else if (p.out_type == OUT_BFLOAT16) write_square<bf16, false>(c, rows, columns, (bf16*)p.out + at, p.out_stride);
+    else if (wrote_past_cache(p, c, rows, columns, at)) return;
     else if (p.out_type == OUT_FLOAT32) write_square<float, false>(c, rows, columns, (float*)p.out + at, p.out_stride);
     else write_square<float, true>(c, rows, columns, (float*)p.out + at, p.out_stride);
 }
