@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tessera import native
-from tessera.ops.attention_operators import Parts, attention, attention_backward
 from tessera.ops.attention_strips import AttentionShape
+from tessera.ops.kernels.attention import Parts, attention, attention_backward
 
 ERROR_BAR = 0.01
 SHAPES = {  # batch, length, heads, and widths: key without rotation, rotary key, value

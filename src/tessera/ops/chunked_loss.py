@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tessera.numerics.dense import MINIMUM_ROWS, Fixed, add_wgrad, matmul
-from tessera.ops.cross_entropy import IGNORED, cross_entropy
 from tessera.ops.gradient_room import room_for_gradient
+from tessera.ops.kernels.cross_entropy import IGNORED, cross_entropy
 
 __all__ = ["CHUNK_TOKENS", "IGNORED", "chunked_loss", "head_logits"]
 

@@ -6,7 +6,7 @@ published checkpoint has them: a pair is a complex number.
 
 Every operand of a product is rounded to the activation dtype and multiplied in FP32: q, k and v, the output's
 gradient, and (ours, the report says no more than "BF16") P in P v and P^T dO, dS in dS k and dS^T q. In between all is
-FP32: scores and their scale, the softmax, dS = P (dO v^T - delta) from the unrounded P. attention_operators has the
+FP32: scores and their scale, the softmax, dS = P (dO v^T - delta) from the unrounded P. kernels.attention has the
 kernels. A row's result depends on the keys it sees, not on how long the sequence goes on.
 
 Kept for backward: what stands for the up-projected parts (they are made again from the latents, or kept), the
@@ -25,9 +25,9 @@ from torch import Tensor
 from tessera.numerics import gemm
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
-from tessera.ops.attention_operators import Parts, attention, attention_backward
 from tessera.ops.attention_strips import AttentionShape
 from tessera.ops.keep import Keep
+from tessera.ops.kernels.attention import Parts, attention, attention_backward
 from tessera.ops.saved import Again, load, save
 
 __all__ = ["AttentionShape", "Up", "latent_attention"]

@@ -19,7 +19,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 namespace {  // a copy for each instruction set
 
-// As ops/attention_operators.py writes them: int64, one behind the other. Strides in elements.
+// As ops/kernels/attention.py writes them: int64, one behind the other. Strides in elements.
 struct Sizes {
     int64_t batch, length, heads, nope, rope, value;
     int64_t q_stride, kv_stride, k_rope_stride;  // from one token to the next

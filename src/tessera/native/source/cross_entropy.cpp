@@ -10,7 +10,7 @@
 
 namespace {
 
-const int64_t IGNORED = -100;  // as in ops/cross_entropy.py
+const int64_t IGNORED = -100;  // as in ops/kernels/cross_entropy.py
 
 enum { BLOCK = 256 };  // elements that a loop takes at once; loops of one operation on each become vectors
 

@@ -1,6 +1,7 @@
 """The ops' compiled kernels as torch operators, `torch.ops.tessera.*`: those of tessera.native, on a CPU.
 
-What is computed is stated by the op that calls (rms_norm, swiglu, dispatch, routing), whose PyTorch code is the path of
+What is computed is stated by the op that calls (rms_norm, swiglu, dispatch, routing, latent_attention with
+attention_strips) or, of the cross-entropy, beside it; the PyTorch code is the path of
 other devices and of installations without a compiler. Every op takes `kernel`: "" is the best there is, "torch" the
 PyTorch code, otherwise the instruction set to use. Gradients are the ops' own.
 """

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy as exact_loss
 
 import tests.ops.float64 as float64
 from tessera.native import Kernel, instruction_sets
-from tessera.ops.cross_entropy import IGNORED, cross_entropy
+from tessera.ops.kernels.cross_entropy import IGNORED, cross_entropy
 from tests.ops.float64 import BF16, normal
 
 # AMX and BF16 products have no part in it: those sets run the AVX-512 variant.

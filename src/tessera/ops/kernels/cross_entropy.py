@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tessera.native import Kernel, available
+from tessera.ops.kernels import LIBRARY
 
 IGNORED = -100  # target of a position that has none
-LIBRARY = torch.library.Library("tessera", "FRAGMENT")
 LIBRARY.define("cross_entropy(Tensor logits, Tensor targets, float scale, Tensor(a!)? d, str kernel) -> Tensor")
 
 _KERNELS = {

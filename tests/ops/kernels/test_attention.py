@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from tessera import native
-from tessera.ops.attention_operators import Parts, attention, attention_backward
 from tessera.ops.attention_strips import AttentionShape
+from tessera.ops.kernels.attention import Parts, attention, attention_backward
 from tests.ops.float64 import BF16, normal, relative
 
 SETS = native.instruction_sets()
@@ -171,7 +171,7 @@ def test_a_document_has_the_bits_it_has_alone_wherever_it_begins_a_block(isa: st
 def test_results_do_not_depend_on_threads_or_on_the_batch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s = shape(70, batch=3)
     p, dout = parts(s, turns=3), upstream(s)
-    monkeypatch.setattr("tessera.ops.attention_operators._WORTH_A_THREAD", 1)
+    monkeypatch.setattr("tessera.ops.kernels.attention._WORTH_A_THREAD", 1)
     results = []
     for threads in (1, 2, 4, 9):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tessera import native
 from tessera.native import Kernel
-from tessera.numerics.operators import LIBRARY
 from tessera.ops import attention_strips
 from tessera.ops.attention_strips import AttentionShape
+from tessera.ops.kernels import LIBRARY
 
 _PARTS = "Tensor q, Tensor kv, Tensor k_rope, Tensor rotation, Tensor? first"
 _SHAPE = "int batch, int length, int heads, int nope, int rope, int value, float softmax_scale, str kernel"
