@@ -65,7 +65,7 @@ class Peer:
     def as_tessera(self) -> tuple[Tensor, ...]:
         """Output and gradients of q, kv and k_rope, as tessera lays them out."""
         s = self.shape
-        out, dq, dk, dv = (x.transpose(1, 2) for x in self())
+        out, dq, dk, dv = (x.detach().transpose(1, 2) for x in self())
         tokens = s.batch * s.length
         dkv = torch.cat([dk[..., : s.nope], dv[..., : s.value]], dim=-1)
         dk_rope = dk[..., s.nope :].sum(dim=2)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-PREFIXES = ("MALLOC_", "ONEDNN_", "DNNL_", "ATEN_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCHINDUCTOR_")
+PREFIXES = ("MALLOC_", "ONEDNN_", "DNNL_", "ATEN_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCHINDUCTOR_", "TESSERA_")
 
 
 def machine(packages: Sequence[str]) -> dict[str, str]:

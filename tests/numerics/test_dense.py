@@ -91,8 +91,11 @@ def test_the_products_of_a_fixed_weight_are_torch_operators_and_equal_the_plain_
     torch.library.opcheck(
         ops.bf16_packed_matmul.default, (torch.empty(9, 70), "fprop", x, weight, packed), test_utils=checks
     )
-    torch.library.opcheck(ops.bf16_wgrad.default, (torch.zeros(70, 40), dy, x, True), test_utils=checks)
     for grouped in (None, torch.tensor([0, 4, 9])):
+        room = torch.full((70 if grouped is None else 140, 40), torch.nan)
+        torch.library.opcheck(ops.bf16_wgrad.default, (room.zero_(), dy, x, grouped, True), test_utils=checks)
+        made = dense.matmul("wgrad", dy, x, grouped, torch.float32, room.fill_(torch.nan))
+        assert made is room and torch.equal(made, dense.matmul("wgrad", dy, x, grouped, torch.float32))
         operands = (x, weight.bfloat16(), grouped, torch.float32, "")
         torch.library.opcheck(ops.bf16_matmul.default, ("fprop", *operands), test_utils=checks)
     fixed = dense.Fixed(weight, torch.bfloat16)

@@ -65,6 +65,18 @@ def test_matmul_passes_opcheck(kind: str, grouped: bool, accumulation: str) -> N
         torch.library.opcheck(OPS.matmul.default, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", *(["cpu"] if instruction_sets() else [])])
+@pytest.mark.parametrize("accumulation", ["float32", "hopper"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["dense", "groups"])
+def test_a_product_is_written_where_it_is_wanted(grouped: bool, accumulation: str, backend: str) -> None:
+    *arguments, _ = matmul_arguments("wgrad", grouped, torch.float32, accumulation)
+    owed = OPS.matmul(*arguments, backend)
+    room = torch.full_like(owed, torch.nan)
+    torch.library.opcheck(OPS.matmul_into.default, (room, *arguments, backend), test_utils=CHECKS)
+    OPS.matmul_into(room.fill_(torch.nan), *arguments, backend)
+    assert torch.equal(room, owed)
+
+
 def test_a_backend_can_be_named_and_a_wrong_name_lists_those_there_are() -> None:
     x = torch.randn(3, 200)
     arguments = quantise_arguments(VECTOR, E4M3, 0, 0, None)[:-1]

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from tessera.ops.gradient_room import leave_room, room_for_gradient
+from tessera.ops.gradient_room import LARGE, leave_room, room_for_gradient, room_for_large_gradient
 
 
 def parameter(*shape: int) -> torch.nn.Parameter:
@@ -80,3 +80,15 @@ def test_a_gradient_of_another_form_is_no_room(kind: str) -> None:
     room = room_for_gradient(weight)
     assert room.is_contiguous() and room.dtype == torch.float32 and room.shape == weight.shape
     assert room.data_ptr() != old.data_ptr()
+
+
+def test_only_large_parameters_keep_room() -> None:
+    small, large = torch.nn.Parameter(torch.ones(LARGE - 1)), torch.nn.Parameter(torch.ones(LARGE))
+    assert room_for_large_gradient(small) is None
+    room = room_for_large_gradient(large)
+    assert room is not None and room.shape == large.shape
+    large.grad, small.grad = room, torch.ones_like(small)
+    place = room.data_ptr()
+    leave_room(large), leave_room(small)
+    again = room_for_large_gradient(large)
+    assert again is not None and again.data_ptr() == place

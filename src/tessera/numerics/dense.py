@@ -38,8 +38,18 @@ LIBRARY = torch.library.Library("tessera", "FRAGMENT")
 LIBRARY.define("bf16_matmul(str kind, Tensor a, Tensor b, Tensor? offsets, ScalarType out_dtype, str isa) -> Tensor")
 
 
-def matmul(kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """The three GEMMs (kinds and shapes in kernels/__init__.py) on operands of one dtype, float32 accumulation."""
+def matmul(
+    kind: str, a: Tensor, b: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The three GEMMs (kinds and shapes in kernels/__init__.py) on operands of one dtype, float32 accumulation.
+
+    `out`: memory for a result of wgrad, float32, in its shape, rows contiguous.
+    """
+    if out is not None:
+        if not _runs_natively(a.dtype, a.device):
+            return out.copy_(vectorised_matmul(kind, a, b, offsets, out_dtype))
+        torch.ops.tessera.bf16_wgrad(out, a, b, offsets, False)
+        return out
     if _runs_natively(a.dtype, a.device):
         return torch.ops.tessera.bf16_matmul(kind, a, b, offsets, out_dtype, "")
     return vectorised_matmul(kind, a, b, offsets, out_dtype)
@@ -98,7 +108,7 @@ class Fixed:
 def add_wgrad(dy: Tensor, x: Tensor, into: Tensor, add: bool) -> None:
     """dy [M, N], x [M, K] of one dtype: dy^T x, float32 [N, K], written to `into` or added to what is there."""
     if _runs_natively(dy.dtype, dy.device):
-        torch.ops.tessera.bf16_wgrad(into, dy, x, add)
+        torch.ops.tessera.bf16_wgrad(into, dy, x, None, add)
     else:
         into.addmm_(dy.float().t(), x.float(), beta=1 if add else 0)
 
@@ -116,13 +126,13 @@ def _bf16_packed_matmul(out: Tensor, kind: str, a: Tensor, weight: Tensor, packe
     native_gemm.matmul(kind, *sides, None, out.dtype, out=out, packed=packed)
 
 
-def _bf16_wgrad(into: Tensor, dy: Tensor, x: Tensor, add: bool) -> None:
-    native_gemm.matmul("wgrad", native_gemm.values(dy), native_gemm.values(x), None, into.dtype, out=into, add=add)
+def _bf16_wgrad(into: Tensor, dy: Tensor, x: Tensor, offsets: Tensor | None, add: bool) -> None:
+    native_gemm.matmul("wgrad", native_gemm.values(dy), native_gemm.values(x), offsets, into.dtype, out=into, add=add)
 
 
 LIBRARY.define("bf16_pack(str kind, Tensor weight) -> Tensor")
 LIBRARY.define("bf16_packed_matmul(Tensor(a!) out, str kind, Tensor a, Tensor weight, Tensor packed) -> ()")
-LIBRARY.define("bf16_wgrad(Tensor(a!) into, Tensor dy, Tensor x, bool add) -> ()")
+LIBRARY.define("bf16_wgrad(Tensor(a!) into, Tensor dy, Tensor x, Tensor? offsets, bool add) -> ()")
 LIBRARY.impl("bf16_pack", _bf16_pack, "CPU")
 LIBRARY.impl("bf16_packed_matmul", _bf16_packed_matmul, "CPU")
 LIBRARY.impl("bf16_wgrad", _bf16_wgrad, "CPU")

@@ -31,13 +31,25 @@ def dgrad(
     return _matmul("dgrad", dy, weight, accumulation, out_dtype, offsets)
 
 
-def wgrad(dy: Operand, x: Operand, accumulation: Accumulation, offsets: Tensor | None = None) -> Tensor:
-    """dy [T, N], x [T, K] -> dW [G * N, K] float32; the contraction is over the tokens of each group."""
-    return _matmul("wgrad", dy, x, accumulation, torch.float32, offsets)
+def wgrad(
+    dy: Operand, x: Operand, accumulation: Accumulation, offsets: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """dy [T, N], x [T, K] -> dW [G * N, K] float32; the contraction is over the tokens of each group.
+
+    `out`: memory for the result, contiguous; it may have its rows apart by group, [G, N, K].
+    """
+    out = None if out is None else out.view(-1, out.shape[-1])
+    return _matmul("wgrad", dy, x, accumulation, torch.float32, offsets, out)
 
 
 def _matmul(
-    kind: str, a: Operand, b: Operand, accumulation: Accumulation, out_dtype: torch.dtype, offsets: Tensor | None
+    kind: str,
+    a: Operand,
+    b: Operand,
+    accumulation: Accumulation,
+    out_dtype: torch.dtype,
+    offsets: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if isinstance(a, TiledTensor) and isinstance(b, TiledTensor):
         _require_tiles_that_meet(kind, a, b, offsets)
@@ -56,10 +68,11 @@ def _matmul(
             accumulation.model,
             accumulation.interval,
             out_dtype,
+            out=out,
         )
     if isinstance(a, TiledTensor) or isinstance(b, TiledTensor):
         raise TypeError("both operands of a GEMM are quantised, or neither")
-    return dense.matmul(kind, a, b, offsets, out_dtype)
+    return dense.matmul(kind, a, b, offsets, out_dtype, out)
 
 
 def _require_tiles_that_meet(kind: str, a: TiledTensor, b: TiledTensor, offsets: Tensor | None) -> None:

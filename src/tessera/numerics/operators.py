@@ -34,11 +34,13 @@ LIBRARY.define(
     "requantise_columns(Tensor codes, Tensor scales, str format, int columns, Tensor? offsets, str scale_mode, "
     "str backend) -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
-    "matmul(str kind, Tensor a_codes, Tensor a_scales, int a_tile_rows, int a_tile_columns, str a_format, "
+_PRODUCT = (
+    "str kind, Tensor a_codes, Tensor a_scales, int a_tile_rows, int a_tile_columns, str a_format, "
     "Tensor b_codes, Tensor b_scales, int b_tile_rows, int b_tile_columns, str b_format, int segment, "
-    "Tensor? offsets, str accumulation, int interval, ScalarType out_dtype, str backend) -> Tensor"
+    "Tensor? offsets, str accumulation, int interval, ScalarType out_dtype, str backend"
 )
+LIBRARY.define(f"matmul({_PRODUCT}) -> Tensor")
+LIBRARY.define(f"matmul_into(Tensor(a!) out, {_PRODUCT}) -> ()")
 
 
 Kernels = Any  # a module or an object with the functions of kernels/__init__.py
@@ -130,9 +132,10 @@ def matmul(
     interval: int,
     out_dtype: torch.dtype,
     backend: str = "",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """See kernels/__init__.py."""
-    return torch.ops.tessera.matmul(
+    """See kernels/__init__.py. `out`: memory for the result, in its shape and dtype, rows contiguous."""
+    arguments = (
         kind,
         a_codes,
         a_scales,
@@ -151,6 +154,10 @@ def matmul(
         out_dtype,
         backend,
     )
+    if out is None:
+        return torch.ops.tessera.matmul(*arguments)
+    torch.ops.tessera.matmul_into(out, *arguments)
+    return out
 
 
 def _quantise(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +193,16 @@ def _spread(tile: Tile) -> tuple[int, int, int, int]:
 def _matmul(kind: str, a_codes: Tensor, *arguments: object) -> Tensor:
     *rest, backend = arguments
     return kernels(str(backend), a_codes.device).matmul(kind, a_codes, *rest)
+
+
+def _matmul_into(out: Tensor, kind: str, a_codes: Tensor, *arguments: object) -> None:
+    *rest, backend = arguments
+    chosen = kernels(str(backend), a_codes.device)
+    in_place = isinstance(chosen, cpu.Kernels)
+    if in_place:
+        chosen.matmul(kind, a_codes, *rest, out=out)
+    else:
+        out.copy_(chosen.matmul(kind, a_codes, *rest))
 
 
 def _fake_quantise(
@@ -258,6 +275,7 @@ for _name, _implementation, _fake in (
     ("dequantise", _dequantise, _fake_dequantise),
     ("requantise_columns", _requantise_columns, _fake_requantise_columns),
     ("matmul", _matmul, _fake_matmul),
+    ("matmul_into", _matmul_into, lambda *_: None),
 ):
     LIBRARY.impl(_name, _implementation, "CPU")
     LIBRARY.impl(_name, _implementation, "CUDA")

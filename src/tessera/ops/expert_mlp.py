@@ -20,6 +20,7 @@ from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops.dispatch import Dispatcher
+from tessera.ops.gradient_room import room_for_large_gradient
 from tessera.ops.keep import Keep
 from tessera.ops.saved import Again, load, save
 from tessera.ops.swiglu import activate_backward, down_columns, down_input
@@ -91,16 +92,17 @@ class _ExpertMlp(torch.autograd.Function):
         else:
             dy_rows = dispatcher.dispatch(dy_rows, slots)
         d = gemm.dgrad(dy_rows, experts.down.operand(), down.precision.accumulation, dtype, offsets)
-        ddown = gemm.wgrad(
-            down.gradient_columns(values, offsets=offsets), product_columns, down.precision.accumulation, offsets
-        )
+        dy_columns = down.gradient_columns(values, offsets=offsets)
+        room = room_for_large_gradient(experts.down.parameter)
+        ddown = gemm.wgrad(dy_columns, product_columns, down.precision.accumulation, offsets, room)
 
         dgate_up, dweights = activate_backward(d, gate_up, weights, dtype)
         rows, columns = up.gradient(dgate_up, column_segment=experts.intermediate, offsets=offsets)
         dx = gemm.dgrad(rows, experts.gate_up.operand(), up.precision.accumulation, dtype, offsets)
         rows_of_x = dispatcher.dispatch(operand, slots) if ctx.regather else operand
         x_columns = up.input_columns(rows_of_x, offsets)
-        dgate_up_weight = gemm.wgrad(columns, x_columns, up.precision.accumulation, offsets)
+        room = room_for_large_gradient(experts.gate_up.parameter)
+        dgate_up_weight = gemm.wgrad(columns, x_columns, up.precision.accumulation, offsets, room)
 
         dx = dispatcher.combine(dx, slots, dy.shape[0])
         assert dweights is not None  # the routed experts always have weights

@@ -10,6 +10,7 @@ asked for a parameter's room, none is kept.
 import torch
 from torch import Tensor
 
+LARGE = 1 << 20  # elements from which on it is worth keeping; smaller gradients lie in memory that the heap has anyway
 _ROOM = "_room_for_gradient"  # attribute of the parameters whose op asks for room; None while it is away
 
 
@@ -29,3 +30,8 @@ def room_for_gradient(parameter: Tensor) -> Tensor:
         if (room.shape, room.device, room.dtype) == wanted:
             return room
     return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def room_for_large_gradient(parameter: Tensor) -> Tensor | None:
+    """The same for a parameter of LARGE elements and more on a CPU; None for others, of which no room is kept."""
+    return room_for_gradient(parameter) if parameter.is_cpu and parameter.numel() >= LARGE else None

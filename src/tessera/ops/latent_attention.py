@@ -26,6 +26,7 @@ from tessera.numerics import gemm
 from tessera.numerics.role import Weight
 from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.ops.attention_strips import AttentionShape
+from tessera.ops.gradient_room import room_for_large_gradient
 from tessera.ops.keep import Keep
 from tessera.ops.kernels.attention import Parts, attention, attention_backward
 from tessera.ops.saved import Again, load, save
@@ -71,7 +72,8 @@ class _LatentAttention(torch.autograd.Function):
         output, p = ctx.output, ctx.output.role.precision
         out = cached.decode() if isinstance(cached, TiledTensor) else cached.float()
         rows, columns = output.role.gradient(dy.contiguous())
-        dw = gemm.wgrad(columns, output.role.input_columns(out), p.accumulation)
+        room = room_for_large_gradient(output.parameter)
+        dw = gemm.wgrad(columns, output.role.input_columns(out), p.accumulation, out=room)
         dout = gemm.dgrad(rows, output.operand(), p.accumulation, p.activation_dtype)
         gradients = attention_backward(dout, out, log_sum_exp, Parts(*parts), ctx.shape)
         return (*gradients, *[None] * 6, dw.view_as(output.parameter))

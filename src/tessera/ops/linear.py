@@ -16,6 +16,7 @@ from torch import Tensor
 from tessera.numerics import gemm
 from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Weight
+from tessera.ops.gradient_room import room_for_large_gradient
 from tessera.ops.keep import Keep
 from tessera.ops.rms_norm import kept_norm, normalise, normalise_backward
 from tessera.ops.saved import Again, load, save
@@ -103,7 +104,8 @@ def _backward(weights: tuple[Weight, ...], operand: Operand, dys: tuple[Tensor, 
         rows, dy_columns = weight.role.gradient(dy, column_segment=segment_of(weight))
         dx = gemm.dgrad(rows, weight.operand(), p.accumulation, p.activation_dtype)
         total = dx if total is None else total.float() + dx
-        dws.append(gemm.wgrad(dy_columns, columns, p.accumulation).view_as(weight.parameter))
+        room = room_for_large_gradient(weight.parameter)
+        dws.append(gemm.wgrad(dy_columns, columns, p.accumulation, out=room).view_as(weight.parameter))
     assert total is not None  # there is at least one weight
     return total, dws
 

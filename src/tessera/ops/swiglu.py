@@ -18,6 +18,7 @@ from tessera.numerics.gemm import Operand
 from tessera.numerics.role import Role, Weight
 from tessera.numerics.tiled_tensor import TiledTensor
 from tessera.numerics.tiles import COLUMN, VECTOR
+from tessera.ops.gradient_room import room_for_large_gradient
 from tessera.ops.keep import Keep
 from tessera.ops.kernels import swiglu as kernels
 from tessera.ops.kernels import usable
@@ -108,7 +109,8 @@ class _SwigluLinear(torch.autograd.Function):
         columns, gate_up = down_columns(cache, None, down.role, None)
         rows, dy_columns = down.role.gradient(dy)
         d = gemm.dgrad(rows, down.operand(), p.accumulation, p.activation_dtype)
-        dw = gemm.wgrad(dy_columns, columns, p.accumulation)
+        room = room_for_large_gradient(down.parameter)
+        dw = gemm.wgrad(dy_columns, columns, p.accumulation, out=room)
         dgate_up, _ = activate_backward(d, gate_up, None, ctx.dtype)
         return dgate_up, None, None, None, dw.view_as(down.parameter)
 

@@ -159,18 +159,20 @@ class Kernels:
         accumulation: str,
         interval: int,
         out_dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """See kernels/__init__.py."""
+        """See kernels/__init__.py; the result is written to `out` where it is given."""
         y = None
         if accumulation == "float32" and "e5m6" not in (a_format, b_format):
             a_segment, b_segment = (0 if kind == "fprop" else segment), (0 if kind == "wgrad" else segment)
             a_tile, b_tile = Tile(a_tile_rows, a_tile_columns), Tile(b_tile_rows, b_tile_columns)
             a = Side(a_codes.contiguous(), a_format, a_scales.contiguous(), a_tile, 0, a_segment)
             b = Side(b_codes.contiguous(), b_format, b_scales.contiguous(), b_tile, b_segment, 0)
-            y = native_matmul(kind, a, b, offsets, out_dtype, isa=self.isa)
+            y = native_matmul(kind, a, b, offsets, out_dtype, out=out, isa=self.isa)
         if y is not None:
             return y
         a_operand = (a_codes, a_scales, a_tile_rows, a_tile_columns, a_format)
         b_operand = (b_codes, b_scales, b_tile_rows, b_tile_columns, b_format)
         how = (segment, offsets, accumulation, interval, out_dtype)
-        return fallback.matmul(kind, *a_operand, *b_operand, *how, isa=self.isa)
+        y = fallback.matmul(kind, *a_operand, *b_operand, *how, isa=self.isa)
+        return y if out is None else out.copy_(y)
