@@ -11,9 +11,9 @@
 
 namespace {
 
-// Columns that tiles 128 rows high are worked on at once: what fits the nearest cache as float32, and what fits the next
-// one in 16 bits, where a row is long enough for memory to be read in one go.
-enum { TILE = 128, STRIP = 64, NARROW_STRIP = 128 };
+// STRIP: columns that tiles 128 rows high are worked on at once, as float32; NARROW_STRIP: in 16 bits, one tile of 128
+// columns. Either fits the nearest cache.
+enum { TILE = 128, STRIP = 64, NARROW_STRIP = TILE };
 
 // The upper 16 bits of float32 values, the last of them set where any of the lower ones is. A code has so few bits that
 // rounding these gives what rounding the value gives: rounding to odd before rounding to nearest is exact where two bits
@@ -373,7 +373,8 @@ int64_t quantise_tile_row(
         for (int64_t from = start; from < start + segment; from += NARROW_STRIP) {
             int64_t end = from + NARROW_STRIP < start + segment ? from + NARROW_STRIP : start + segment;
             if (power_of_two && fill_narrow(narrow, source, top, bottom, from, end - from, columns - end))
-                encode_narrow_strip<F>(narrow, bottom - top, end - from, width, codes + top * columns + from, columns, scales);
+                encode_narrow_strip<F>(
+                    narrow, bottom - top, end - from, width, codes + top * columns + from, columns, scales);
             else if (width == 1)
                 nonfinite += quantise_columns<F>(source, top, bottom, from, end, columns, power_of_two, codes, scales);
             else
