@@ -103,7 +103,7 @@ def test_a_syntax_error_is_the_programs(program: Session) -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "exited-early"),
         ("import os; os.closerange(3, 100); import time; time.sleep(60)", "exited-early"),
         ("while True: pass", "timeout"),
-        ("import os, time\n    while True: os.write(OUT, b'x'); time.sleep(0.01)", "timeout"),
+        ("import os\n    while True: os.write(OUT, b'x')", "timeout"),
         ("import os; os.write(OUT, b'[1]\\n')", "error"),
         ("import os; os.write(OUT, b'\\xff{\\n')", "error"),
         ("import os\n    while True: os.write(OUT, b'x' * 65536)", "output-limit"),
@@ -116,7 +116,7 @@ def test_the_end_of_a_session_is_remembered_whatever_the_caller_catches(
     with started(30.0) as program:
         program.run("import sys\nOUT = int(sys.argv[3])\ndef f():\n    " + statement)
         if why == "timeout":
-            program.deadline = time.monotonic() + 0.3
+            program.deadline = time.monotonic() + 0.1
         for _ in range(2):
             with pytest.raises(Ended, match=why):
                 try:
