@@ -15,12 +15,12 @@ import argparse
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported; waiting is no work
 
 import torch
+from kernel_options import add_options, apply_options
 from machine import machine
 from paired import Clock, Timed, keep_memory, measure
 from torch import Tensor
@@ -126,17 +126,9 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--isa", default="", metavar="NAME", help="instruction set of tessera's kernels")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file as well")
+    add_options(parser)
     options = parser.parse_args()
-    if options.rounds < 1 or options.threads < 1:
-        raise SystemExit("--rounds and --threads must be at least 1")
-    if options.isa and options.isa not in native.instruction_sets():
-        raise SystemExit(f"--isa {options.isa}: this machine has {', '.join(native.instruction_sets()) or 'none'}")
-    torch.set_num_threads(options.threads)
+    apply_options(options)
     facts = machine(["torch"]) | {"memory": "kept by the allocator" if keep_memory() else "given back"}
     facts["isa"] = options.isa or (native.instruction_sets() or ("torch",))[0]
     if not options.json:

@@ -17,14 +17,13 @@ import argparse
 import gc
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported; waiting is no work
 
-import torch
 from gemm_quantisers import SIZES, quantiser_rows
 from gemm_systems import Arithmetic, Product, products
+from kernel_options import add_options, apply_options
 from machine import machine
 from paired import Clock, keep_memory, measure
 
@@ -149,20 +148,12 @@ def chosen_shapes(word: str) -> dict[str, Shape]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_options(parser)
     parser.add_argument("--shapes", default="small", help="small, deepseek-v3, all, or one as MxNxK")
     parser.add_argument("--quantisers", choices=("all", *SIZES, "none"), default="all", help="at which sizes")
-    parser.add_argument("--isa", default="", metavar="NAME", help="instruction set of tessera's kernels")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file as well")
     options = parser.parse_args()
-    if options.rounds < 1 or options.threads < 1:
-        raise SystemExit("--rounds and --threads must be at least 1")
     shapes = chosen_shapes(options.shapes)
-    if options.isa and options.isa not in native.instruction_sets():
-        raise SystemExit(f"--isa {options.isa}: this machine has {', '.join(native.instruction_sets()) or 'none'}")
-    torch.set_num_threads(options.threads)
+    apply_options(options)
     facts = machine(["torch"]) | {"memory": "kept by the allocator" if keep_memory() else "given back"}
     if not options.json:
         print("; ".join(f"{key}: {value}" for key, value in facts.items()))
